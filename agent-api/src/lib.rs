@@ -1,0 +1,1 @@
+//! The API between host and guest: types, versions, stream framing.

@@ -1,0 +1,3 @@
+//! The coracle binary: CLI, daemon, doctor.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Image archives, manifests and layers.
