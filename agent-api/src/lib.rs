@@ -1,1 +1,44 @@
 //! The API between host and guest: types, versions, stream framing.
+//!
+//! The agent (PID 1 of the guest) serves HTTP/1.1 with JSON bodies; the daemon is its only client. Both ends are built
+//! from this crate and from nothing else that they share. Neither trusts the other's bytes: the agent refuses unknown
+//! fields and illegal values, and the daemon treats whatever a guest sends as hostile.
+//!
+//! | method and path | body → answer | what it does |
+//! |---|---|---|
+//! | `GET /v1/state` | → [`AgentState`] | every process that the agent still knows, and what it mounted |
+//! | `POST /v1/containers/{id}/start` | [`ContainerSpec`] → [`Started`] | mounts the layers that are missing, starts the container's first process; the process has the container's id |
+//! | `DELETE /v1/containers/{id}` | → 204 | removes a stopped container's writable layer |
+//! | `POST /v1/containers/retain` | [`Retain`] → 204 | removes the writable layer of every container that is not named |
+//! | `DELETE /v1/layers/{diff_id}` | → 204 | unmounts a layer that no running container uses and gives its partition back |
+//! | `POST /v1/execs/{id}` | [`ExecSpec`] → [`Started`] | starts a further process in a running container |
+//! | `GET /v1/processes/{id}/output?after=N` | upgrade to [`OUTPUT_PROTOCOL`] | [`frame`]s of the process with a sequence number above N; the client sends [`frame::Ack`]s |
+//! | `GET /v1/processes/{id}/stdin` | upgrade to [`STDIN_PROTOCOL`] | raw bytes for the process's standard input; the client's half-close closes it |
+//! | `POST /v1/processes/{id}/signal` | [`Signal`] → 204 | sends a signal |
+//! | `POST /v1/processes/{id}/resize` | [`TerminalSize`] → 204 | sets the size of the process's terminal |
+//! | `DELETE /v1/processes/{id}` | → 204 | forgets an ended process: its exit status and unread output |
+//! | `GET /v1/kmsg` | → text, endless | the guest kernel's log, from its beginning, then as it grows |
+//! | `POST /v1/shutdown` | → 204 | kills what runs, writes everything to disk, powers the guest off |
+//!
+//! A call that fails answers a 4xx or 5xx status with an [`ApiError`].
+//!
+//! When the agent is ready it dials the host (vsock CID 2, port [`READY_PORT`]) and writes one line of JSON, a
+//! [`Hello`]. The connection stays open for as long as the agent lives.
+
+pub mod frame;
+mod id;
+mod types;
+
+pub use id::{DiffId, IdError, ProcessId};
+pub use types::*;
+
+/// Version of this API; both ends must have the same.
+pub const API_VERSION: u32 = 1;
+/// Port on the host (vsock CID 2) that the agent dials when it is ready.
+pub const READY_PORT: u32 = 1024;
+/// Port in the guest on which the agent serves this API.
+pub const AGENT_PORT: u32 = 1024;
+/// `Upgrade:` token of a process's output stream.
+pub const OUTPUT_PROTOCOL: &str = "coracle-output";
+/// `Upgrade:` token of a process's input stream.
+pub const STDIN_PROTOCOL: &str = "coracle-stdin";

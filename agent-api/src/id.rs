@@ -1,0 +1,83 @@
+//! Names that cross the wire and become paths: they are checked when they are made, also when they are deserialized.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Why a string is no id.
+#[derive(Debug, thiserror::Error)]
+#[error("`{0}` is not an id: expected 64 lower-case hexadecimal digits")]
+pub struct IdError(String);
+
+macro_rules! hex_id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// The 64 hexadecimal digits.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+
+            /// The first twelve digits, for people.
+            pub fn short(&self) -> &str {
+                &self.0[..12]
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = IdError;
+
+            fn try_from(text: String) -> Result<Self, IdError> {
+                let legal = text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+                if legal { Ok(Self(text)) } else { Err(IdError(text.chars().take(80).collect())) }
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = IdError;
+
+            fn from_str(text: &str) -> Result<Self, IdError> {
+                Self::try_from(text.to_owned())
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> String {
+                id.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+hex_id! {
+    /// A container's first process (then it is the container's id) or an exec.
+    ProcessId
+}
+hex_id! {
+    /// The SHA-256 of a layer's uncompressed tar stream, without the `sha256:`.
+    DiffId
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_64_lower_case_hex_digits_are_an_id() {
+        assert!("a".repeat(64).parse::<ProcessId>().is_ok());
+        for bad in ["", "a", &"A".repeat(64), &"g".repeat(64), &"a".repeat(65), &"../".repeat(21)] {
+            assert!(bad.parse::<ProcessId>().is_err(), "{bad}");
+        }
+        assert!(serde_json::from_str::<DiffId>("\"../../etc\"").is_err());
+    }
+}

@@ -1,0 +1,363 @@
+//! Bodies of requests and answers.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{DiffId, ProcessId};
+
+/// What the agent says first, on its own connection to the host.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hello {
+    /// The agent's [`crate::API_VERSION`]; the daemon gives up on another than its own.
+    pub api_version: u32,
+    /// The agent's package version.
+    pub agent_version: String,
+    /// Release of the guest's kernel, as `uname -r` says it.
+    pub kernel_release: String,
+    /// What happened when on the way to being ready.
+    pub phases: Vec<Phase>,
+}
+
+/// A moment of the boot.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Phase {
+    /// For example `agent-started`, `mounted`, `ready`.
+    pub name: String,
+    /// Microseconds since the guest kernel's start (its CLOCK_BOOTTIME).
+    pub guest_micros: u64,
+}
+
+/// Where the agent finds a layer's EROFS image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum LayerSource {
+    /// A range of the layers disk, which the agent makes a partition with the BLKPG ioctl.
+    Partition {
+        /// Number of the partition, 1 to 255.
+        number: u8,
+        /// First byte on the disk; a multiple of 4096.
+        start: u64,
+        /// Length in bytes; a multiple of 4096.
+        len: u64,
+    },
+    /// A file in the agent's own file system (where the agent runs without a VM).
+    File {
+        /// Its absolute path.
+        path: String,
+    },
+}
+
+/// A layer of a container's root file system.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    /// What the layer is called; one mount serves all containers that use it.
+    pub diff_id: DiffId,
+    /// Where its image is.
+    pub source: LayerSource,
+}
+
+/// Everything needed to start a container. The daemon owns the facts and sends them whole with each start; the agent keeps
+/// only the writable layer from one start to the next.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ContainerSpec {
+    /// Lowest first, as in the image's `rootfs.diff_ids`. Empty layers are legal; no layer at all is not.
+    pub layers: Vec<Layer>,
+    /// Host name inside (UTS namespace).
+    pub hostname: String,
+    /// NIS domain name inside; empty means the kernel's default.
+    #[serde(default)]
+    pub domainname: String,
+    /// The first process.
+    pub process: ProcessSpec,
+    /// Mount the root file system read-only.
+    #[serde(default)]
+    pub readonly_rootfs: bool,
+    /// Run a small init as PID 1 that forwards signals and reaps.
+    #[serde(default)]
+    pub init: bool,
+    /// Size of /dev/shm in bytes.
+    pub shm_size: u64,
+    /// Further tmpfs mounts.
+    #[serde(default)]
+    pub tmpfs: Vec<TmpfsMount>,
+    /// Files that the daemon writes for the container (`/etc/hosts` and the like): bind mounts from the agent's own copy.
+    #[serde(default)]
+    pub files: Vec<InjectedFile>,
+    /// Paths that are hidden from the container.
+    #[serde(default)]
+    pub masked_paths: Vec<String>,
+    /// Paths that the container can only read.
+    #[serde(default)]
+    pub readonly_paths: Vec<String>,
+    /// Limits; none set means none.
+    #[serde(default)]
+    pub resources: Resources,
+}
+
+/// A tmpfs in a container.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TmpfsMount {
+    /// Absolute path in the container.
+    pub path: String,
+    /// Mount options as in `docker run --tmpfs PATH:OPTIONS`; empty means Docker's defaults (`noexec,nosuid,nodev`).
+    #[serde(default)]
+    pub options: String,
+}
+
+/// A file given by the daemon.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InjectedFile {
+    /// Absolute path in the container.
+    pub path: String,
+    /// What it holds.
+    pub contents: String,
+}
+
+/// Limits of a container's cgroup.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Resources {
+    /// `memory.max` in bytes.
+    pub memory: Option<u64>,
+    /// `memory.swap.max` in bytes (of swap alone).
+    pub memory_swap: Option<u64>,
+    /// `memory.low` in bytes.
+    pub memory_reservation: Option<u64>,
+    /// `cpu.max`: microseconds of CPU time in each period.
+    pub cpu_quota: Option<u64>,
+    /// `cpu.max`: the period in microseconds, 1,000 to 1,000,000.
+    pub cpu_period: Option<u64>,
+    /// Docker's CPU shares, 2 to 262144; the agent converts them to `cpu.weight`.
+    pub cpu_shares: Option<u64>,
+    /// `cpuset.cpus`, in the kernel's list format.
+    pub cpuset_cpus: Option<String>,
+    /// `pids.max`.
+    pub pids: Option<u64>,
+}
+
+/// A process to start.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProcessSpec {
+    /// The command and its arguments; the command is looked up in the environment's PATH inside the container.
+    pub args: Vec<String>,
+    /// `NAME=value`. HOME is added from the user's passwd entry if it is missing.
+    pub env: Vec<String>,
+    /// Working directory inside; made if it does not exist (the container's first process only).
+    pub cwd: String,
+    /// As in `docker run --user`: empty, `name`, `uid`, each with an optional `:group` or `:gid`, looked up inside.
+    #[serde(default)]
+    pub user: String,
+    /// Further groups, names or numbers, looked up inside.
+    #[serde(default)]
+    pub additional_groups: Vec<String>,
+    /// Give it a terminal.
+    #[serde(default)]
+    pub tty: bool,
+    /// The terminal's first size.
+    #[serde(default)]
+    pub terminal_size: Option<TerminalSize>,
+    /// Keep its standard input open for the daemon; otherwise it is /dev/null.
+    #[serde(default)]
+    pub stdin: bool,
+    /// Capabilities of the bounding and permitted sets, `CAP_…`; a user other than root has them in the bounding set only.
+    pub capabilities: Vec<String>,
+    /// Set no_new_privs.
+    #[serde(default)]
+    pub no_new_privileges: bool,
+    /// Resource limits.
+    #[serde(default)]
+    pub rlimits: Vec<Rlimit>,
+    /// `oom_score_adj`, -1000 to 1000.
+    #[serde(default)]
+    pub oom_score_adj: Option<i16>,
+}
+
+/// A resource limit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rlimit {
+    /// As in `docker run --ulimit`: `nofile`, `nproc`, …
+    pub name: String,
+    /// The soft limit; `u64::MAX` is unlimited.
+    pub soft: u64,
+    /// The hard limit; `u64::MAX` is unlimited.
+    pub hard: u64,
+}
+
+/// A further process in a running container.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExecSpec {
+    /// The container.
+    pub container: ProcessId,
+    /// What to run.
+    pub process: ProcessSpec,
+    /// All capabilities, no masking of devices (`docker exec --privileged`).
+    #[serde(default)]
+    pub privileged: bool,
+}
+
+/// Answer to a start.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Started {
+    /// Process id in the guest's root pid namespace.
+    pub pid: u32,
+    /// When the program was executed, nanoseconds since 1970.
+    pub started_unix_nanos: u64,
+    /// What happened when on the way: microseconds spent since the request was read.
+    #[serde(default)]
+    pub phases: Vec<StartPhase>,
+}
+
+/// A part of the time that a start took.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartPhase {
+    /// For example `layers`, `clone`, `exec`.
+    pub name: String,
+    /// Microseconds since the request was read.
+    pub micros: u64,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExitStatus {
+    /// The program's own code, or 128 + the signal that ended it.
+    pub code: u8,
+    /// The kernel killed a process of the container for want of memory while this process ran.
+    pub oom_killed: bool,
+    /// When, in nanoseconds since 1970.
+    pub finished_unix_nanos: u64,
+}
+
+/// A process that the agent knows.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProcessState {
+    /// Its id.
+    pub id: ProcessId,
+    /// The container it is in; the same as `id` for a container's first process.
+    pub container: ProcessId,
+    /// Process id in the guest's root pid namespace.
+    pub pid: u32,
+    /// When its program was executed, nanoseconds since 1970.
+    pub started_unix_nanos: u64,
+    /// How it ended, if it has.
+    pub exit: Option<ExitStatus>,
+    /// Sequence number of the newest frame that was acknowledged.
+    pub acknowledged: u64,
+}
+
+/// Answer of `GET /v1/state`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentState {
+    /// Running and ended processes that were not forgotten yet.
+    pub processes: Vec<ProcessState>,
+    /// Mounted layers.
+    pub layers: Vec<Layer>,
+}
+
+/// Body of `POST /v1/containers/retain`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Retain {
+    /// Containers whose writable layers stay.
+    pub containers: Vec<ProcessId>,
+}
+
+/// Body of `POST /v1/processes/{id}/signal`.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Signal {
+    /// Linux's number, 1 to 64.
+    pub signal: u8,
+}
+
+/// A terminal's size in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in a line.
+    pub cols: u16,
+}
+
+/// What went wrong, as data: the daemon decides by `kind`, never by the text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+#[serde(deny_unknown_fields)]
+pub struct ApiError {
+    /// Which class of failure.
+    pub kind: ErrorKind,
+    /// One sentence for people; no trailing full stop.
+    pub message: String,
+    /// The kernel's error number, where one was the reason.
+    #[serde(default)]
+    pub errno: Option<i32>,
+}
+
+impl ApiError {
+    /// An error without an error number.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), errno: None }
+    }
+}
+
+/// Classes of failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorKind {
+    /// The request is malformed or a value is out of range.
+    Invalid,
+    /// No such process, container, layer or route.
+    NotFound,
+    /// It exists already, is in use, or has ended.
+    Conflict,
+    /// The program does not exist (Docker's exit code 127).
+    CommandNotFound,
+    /// The program cannot be executed (Docker's exit code 126).
+    CommandNotExecutable,
+    /// The container could not be set up for another reason (Docker's exit code 128).
+    StartFailed,
+    /// This guest cannot do that (for example, a cgroup controller is missing).
+    Unsupported,
+    /// The data disk is full.
+    NoSpace,
+    /// A bug, or the guest is broken.
+    Internal,
+}
+
+impl ErrorKind {
+    /// The HTTP status that goes with it.
+    pub fn http_status(self) -> u16 {
+        match self {
+            Self::Invalid | Self::CommandNotFound | Self::CommandNotExecutable | Self::StartFailed => 400,
+            Self::NotFound => 404,
+            Self::Conflict => 409,
+            Self::Unsupported => 501,
+            Self::NoSpace => 507,
+            Self::Internal => 500,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_fields_are_refused() {
+        assert!(serde_json::from_str::<Signal>(r#"{"signal":9,"force":true}"#).is_err());
+        assert!(serde_json::from_str::<Signal>(r#"{"signal":900}"#).is_err());
+    }
+}
