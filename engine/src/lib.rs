@@ -1,1 +1,3 @@
 //! The Docker Engine API and the state machines behind it.
+
+pub mod sandbox;
