@@ -1,0 +1,2 @@
+//! The VMM's own binary.
+fn main() {}
