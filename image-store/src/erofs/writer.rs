@@ -1,0 +1,266 @@
+//! Writes an image in one pass: file data goes to whole blocks as it comes; inodes and directories follow when the
+//! tree is known, the root first because its number has only 16 bits; the superblock is written last, so that an
+//! unfinished image is never mistaken for a whole one.
+
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+
+use super::convert::ConvertError;
+use super::dirs::{self, Dirent};
+use super::format::{
+    BLOCK, DataLayout, EXTENDED_INODE, INODE_SLOT, InodeFields, MODE_DIR, MODE_TYPE, Superblock, dirent_type,
+};
+use super::tree::{Kind, Node, NodeId, Tree};
+
+const BUFFER: usize = 256 * 1024;
+/// Holes from this size on are left as holes in the image file, not written as zeros.
+const MIN_HOLE: u64 = 64 * 1024;
+/// Block addresses have 32 bits.
+pub(crate) const MAX_IMAGE: u64 = (u32::MAX as u64 - 1) * BLOCK;
+
+/// The image under construction.
+pub(super) struct ImageWriter<W: Write + Seek> {
+    out: BufWriter<W>,
+    position: u64,
+    max_size: u64,
+}
+
+/// What was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ImageStats {
+    /// Size of the image in bytes, whole blocks.
+    pub(crate) size: u64,
+}
+
+/// How an inode and its data lie in the image.
+struct Placement {
+    /// Inode with its attributes.
+    inode_bytes: u64,
+    data_bytes: u64,
+    layout: DataLayout,
+    /// Blocks of data outside the inode that are written with the metadata.
+    blocks: u64,
+}
+
+impl<W: Write + Seek> ImageWriter<W> {
+    pub(super) fn new(out: W, max_size: u64) -> Result<Self, ConvertError> {
+        let mut writer = Self {
+            out: BufWriter::with_capacity(BUFFER, out),
+            position: 0,
+            max_size: max_size.min(MAX_IMAGE),
+        };
+        writer.zeros(BLOCK)?;
+        Ok(writer)
+    }
+
+    /// Starts a file's data; its first block.
+    pub(super) fn begin_file(&mut self, size: u64) -> Result<u32, ConvertError> {
+        if size == 0 {
+            return Ok(0);
+        }
+        let end = self.position.checked_add(size).filter(|end| *end <= self.max_size);
+        end.ok_or(ConvertError::TooLarge)?;
+        u32::try_from(self.position / BLOCK).map_err(|_| ConvertError::TooLarge)
+    }
+
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), ConvertError> {
+        self.out.write_all(bytes).map_err(ConvertError::writing)?;
+        self.position += bytes.len() as u64;
+        Ok(())
+    }
+
+    pub(super) fn hole(&mut self, length: u64) -> Result<(), ConvertError> {
+        if length < MIN_HOLE {
+            return self.zeros(length);
+        }
+        let target = self.position.checked_add(length).filter(|end| *end <= self.max_size);
+        self.position = target.ok_or(ConvertError::TooLarge)?;
+        self.out.seek(SeekFrom::Start(self.position)).map_err(ConvertError::writing)?;
+        Ok(())
+    }
+
+    /// Fills up the last block of a file.
+    pub(super) fn end_file(&mut self) -> Result<(), ConvertError> {
+        self.pad_to(self.position.next_multiple_of(BLOCK))
+    }
+
+    fn zeros(&mut self, length: u64) -> Result<(), ConvertError> {
+        let copied = io::copy(&mut io::Read::take(io::repeat(0), length), &mut self.out);
+        self.position += copied.map_err(ConvertError::writing)?;
+        Ok(())
+    }
+
+    fn pad_to(&mut self, position: u64) -> Result<(), ConvertError> {
+        match position.checked_sub(self.position) {
+            Some(0) | None => Ok(()),
+            Some(gap) => self.zeros(gap),
+        }
+    }
+
+    /// Writes the tree and the superblock.
+    pub(super) fn finish(mut self, tree: &mut Tree) -> Result<ImageStats, ConvertError> {
+        let order = tree.in_layout_order();
+        for id in &order {
+            tree.mark_for_overlay(*id).map_err(|reason| ConvertError::Directory { reason })?;
+        }
+        let meta_start = self.position;
+        let inodes_end = assign_nids(tree, &order);
+        let first_block = (meta_start + inodes_end).div_ceil(BLOCK);
+        let blocks = first_block + order.iter().map(|id| placement(tree.node(*id)).blocks).sum::<u64>();
+        if blocks * BLOCK > self.max_size {
+            return Err(ConvertError::TooLarge);
+        }
+        self.write_inodes(tree, &order, meta_start, first_block)?;
+        self.pad_to(first_block * BLOCK)?;
+        self.write_outside_blocks(tree, &order)?;
+        let too_large = |_| ConvertError::TooLarge;
+        let superblock = Superblock {
+            root_nid: u16::try_from(tree.node(Tree::ROOT).nid).map_err(too_large)?,
+            inodes: order.len() as u64,
+            blocks: u32::try_from(blocks).map_err(too_large)?,
+            meta_block: u32::try_from(meta_start / BLOCK).map_err(too_large)?,
+        };
+        self.out.seek(SeekFrom::Start(0)).map_err(ConvertError::writing)?;
+        self.out.write_all(&superblock.encode_block()).map_err(ConvertError::writing)?;
+        self.out.flush().map_err(ConvertError::writing)?;
+        Ok(ImageStats { size: blocks * BLOCK })
+    }
+
+    fn write_inodes(
+        &mut self,
+        tree: &Tree,
+        order: &[NodeId],
+        meta_start: u64,
+        first_block: u64,
+    ) -> Result<(), ConvertError> {
+        let mut next_block = first_block;
+        for (index, id) in order.iter().enumerate() {
+            let node = tree.node(*id);
+            let placement = placement(node);
+            self.pad_to(meta_start + node.nid * INODE_SLOT)?;
+            let block_or_device = match &node.kind {
+                Kind::File { first_block, .. } => *first_block,
+                Kind::Special { device, .. } => *device,
+                _ if placement.blocks == 0 => 0,
+                _ => next_block as u32,
+            };
+            next_block += placement.blocks;
+            let fields = InodeFields {
+                layout: placement.layout,
+                xattr_bytes: node.meta.xattrs.len(),
+                mode: node.mode(),
+                size: placement.data_bytes,
+                block_or_device,
+                ino: index as u32 + 1,
+                uid: node.meta.uid,
+                gid: node.meta.gid,
+                mtime: node.meta.mtime.seconds,
+                mtime_nanoseconds: node.meta.mtime.nanoseconds,
+                links: links(tree, node),
+            };
+            self.write(&fields.encode())?;
+            self.write(&node.meta.xattrs)?;
+            if placement.layout == DataLayout::Inline {
+                let data = metadata_data(tree, *id);
+                self.write(&data[(placement.blocks * BLOCK) as usize..])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Directories and link targets that do not fit behind their inodes.
+    fn write_outside_blocks(&mut self, tree: &Tree, order: &[NodeId]) -> Result<(), ConvertError> {
+        for id in order {
+            let blocks = placement(tree.node(*id)).blocks;
+            if blocks > 0 {
+                let data = metadata_data(tree, *id);
+                self.write(&data[..data.len().min((blocks * BLOCK) as usize)])?;
+                self.end_file()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Gives each node its place after the data; the number of bytes up to the end of the last.
+fn assign_nids(tree: &mut Tree, order: &[NodeId]) -> u64 {
+    // Number 0 is avoided: tools take it for "none".
+    let mut end = EXTENDED_INODE as u64;
+    for id in order {
+        let node = tree.node_mut(*id);
+        let placement = placement(node);
+        let in_one_block = match placement.layout {
+            DataLayout::Inline => placement.inode_bytes + placement.data_bytes % BLOCK,
+            DataLayout::Plain => EXTENDED_INODE as u64,
+        };
+        let mut start = end.next_multiple_of(INODE_SLOT);
+        if start % BLOCK + in_one_block > BLOCK {
+            start = start.next_multiple_of(BLOCK);
+        }
+        node.nid = start / INODE_SLOT;
+        let inline = if placement.layout == DataLayout::Inline { placement.data_bytes % BLOCK } else { 0 };
+        end = start + placement.inode_bytes + inline;
+    }
+    end
+}
+
+fn placement(node: &Node) -> Placement {
+    let inode_bytes = (EXTENDED_INODE + node.meta.xattrs.len()) as u64;
+    let data_bytes = match &node.kind {
+        Kind::File { size, .. } => {
+            return Placement { inode_bytes, data_bytes: *size, layout: DataLayout::Plain, blocks: 0 };
+        }
+        Kind::Directory(directory) => {
+            dirs::size(names(directory.children.keys().map(|name| &**name)).into_iter())
+        }
+        Kind::Symlink(target) => target.len() as u64,
+        Kind::Special { .. } | Kind::Removed => 0,
+    };
+    let tail = data_bytes % BLOCK;
+    if tail > 0 && inode_bytes + tail <= BLOCK {
+        return Placement { inode_bytes, data_bytes, layout: DataLayout::Inline, blocks: data_bytes / BLOCK };
+    }
+    Placement { inode_bytes, data_bytes, layout: DataLayout::Plain, blocks: data_bytes.div_ceil(BLOCK) }
+}
+
+/// A directory's sorted names with `.` and `..` in their places.
+fn names<'a>(children: impl Iterator<Item = &'a [u8]>) -> Vec<&'a [u8]> {
+    let mut names: Vec<&[u8]> = children.collect();
+    for name in [&b"."[..], b".."] {
+        let place = names.partition_point(|other| *other < name);
+        names.insert(place, name);
+    }
+    names
+}
+
+/// The data of a directory or symbolic link.
+fn metadata_data(tree: &Tree, id: NodeId) -> Vec<u8> {
+    let node = tree.node(id);
+    let directory = match &node.kind {
+        Kind::Directory(directory) => directory,
+        Kind::Symlink(target) => return target.to_vec(),
+        _ => return Vec::new(),
+    };
+    let mut entries: Vec<_> = directory
+        .children
+        .iter()
+        .map(|(name, child)| {
+            let child = tree.node(*child);
+            Dirent { name, nid: child.nid, file_type: dirent_type(child.mode()) }
+        })
+        .collect();
+    for (name, nid) in [(&b"."[..], node.nid), (b"..", tree.node(directory.parent).nid)] {
+        let place = entries.partition_point(|other| other.name < name);
+        entries.insert(place, Dirent { name, nid, file_type: dirent_type(MODE_DIR) });
+    }
+    dirs::encode(&entries)
+}
+
+fn links(tree: &Tree, node: &Node) -> u32 {
+    match &node.kind {
+        Kind::Directory(directory) => {
+            let is_directory = |child: &&NodeId| tree.node(**child).mode() & MODE_TYPE == MODE_DIR;
+            2 + directory.children.values().filter(is_directory).count() as u32
+        }
+        _ => node.links,
+    }
+}
