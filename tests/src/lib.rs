@@ -5,9 +5,11 @@
 //! the lab. Those that start with `host_` run on this machine as root. Neither is ever skipped: what is missing is a failure
 //! that says so.
 
+pub mod agent;
 mod images;
 mod installation;
 mod output;
+pub mod report;
 
 pub use images::{Entry, image_archive, images_dir, oci_archive_with};
 pub use installation::{Installation, coracle_binary, workspace};

@@ -1,0 +1,116 @@
+//! What a bench prints: a table for people, or one JSON object per line; and the file that keeps what was printed last.
+
+use std::{fmt::Write as _, fs};
+
+use anyhow::Result;
+use serde_json::json;
+
+use crate::workspace;
+
+/// One measured value, beside a peer's from the same run.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// What was measured.
+    pub metric: String,
+    /// Ours.
+    pub value: f64,
+    /// Of both values.
+    pub unit: &'static str,
+    /// Who else was measured, and what came out; absent where there is no peer, or it could not run (say so in `metric`).
+    pub peer: Option<(String, f64)>,
+    /// The ratio to reach (the peer's value over ours).
+    pub goal: Option<f64>,
+}
+
+impl Row {
+    /// The peer's value over ours: above 1 is ahead.
+    pub fn ratio(&self) -> Option<f64> {
+        self.peer.as_ref().map(|(_, value)| value / self.value)
+    }
+
+    /// Whether the goal was reached; unknown without a peer or a goal.
+    pub fn ok(&self) -> Option<bool> {
+        Some(self.ratio()? >= self.goal?)
+    }
+}
+
+/// The middle one of some measurements.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+}
+
+/// Prints the rows of a bench and keeps them. `place` says what kind of machine it was, `seconds_count` whether a time measured
+/// there means anything by itself (in the lab only ratios do).
+pub fn print(bench: &str, place: &str, seconds_count: bool, rows: &[Row], as_json: bool) -> Result<()> {
+    if as_json {
+        for row in rows {
+            let (peer, peer_value) = row.peer.clone().unzip();
+            let line = json!({
+                "bench": bench, "metric": row.metric, "value": row.value, "unit": row.unit,
+                "peer": peer, "peer_value": peer_value, "ratio": row.ratio(), "goal": row.goal, "ok": row.ok(),
+            });
+            println!("{line}");
+        }
+        return Ok(());
+    }
+    let hidden = |row: &Row| !seconds_count && matches!(row.unit, "ms" | "µs");
+    let mut table = format!("{bench}, {} on {place}\n\n", jiff::Zoned::now().date());
+    writeln!(
+        table,
+        "{:<52} {:>10} {:>12} {:>10} {:>7} {:>6}  ok",
+        "metric", "ours", "peer", "", "ratio", "goal"
+    )?;
+    for row in rows {
+        let number = |value: f64| if hidden(row) { "-".to_owned() } else { format!("{value:.2}") };
+        let (peer, peer_value) = row
+            .peer
+            .as_ref()
+            .map_or((String::new(), String::new()), |(name, value)| (name.clone(), number(*value)));
+        let ratio = row.ratio().map_or(String::new(), |ratio| format!("{ratio:.2}"));
+        let goal = row.goal.map_or(String::new(), |goal| format!("{goal:.2}"));
+        let ok = row.ok().map_or("", |ok| if ok { "yes" } else { "no" });
+        let metric = format!("{} [{}]", row.metric, row.unit);
+        writeln!(
+            table,
+            "{metric:<52} {:>10} {peer:>12} {peer_value:>10} {ratio:>7} {goal:>6}  {ok}",
+            number(row.value)
+        )?;
+    }
+    print!("{table}");
+    if let Some(folder) = std::env::var_os("CORACLE_BENCH_RESULTS") {
+        fs::write(std::path::Path::new(&folder).join(format!("{bench}.txt")), &table)?;
+    } else {
+        let folder = workspace().join("tests/bench/results");
+        if fs::create_dir_all(&folder).is_ok() {
+            // In the lab the tree is read-only; `cargo xtask bench` says where to write instead.
+            fs::write(folder.join(format!("{bench}.txt")), &table)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle_or_the_mean_of_the_two_in_the_middle() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+
+    #[test]
+    fn a_ratio_above_one_is_ahead() {
+        let row = Row {
+            metric: "start".into(),
+            value: 2.0,
+            unit: "ms",
+            peer: Some(("crun".into(), 3.0)),
+            goal: Some(1.0),
+        };
+        assert_eq!((row.ratio(), row.ok()), (Some(1.5), Some(true)));
+    }
+}
