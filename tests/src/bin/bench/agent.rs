@@ -2,7 +2,7 @@
 //!
 //! The same program from the same busybox, in new pid, mount, uts, ipc, net and cgroup namespaces. Ours also mounts an overlay
 //! each time, which the peers' root folder does without; the peers' time includes their own start as processes, as it does in
-//! use, and they are given no cgroup to make (this kind of machine may not have a layout that they accept).
+//! use. crun refuses a machine that has cgroup v2 beside v1 ("hybrid"), so the bench unmounts v2 in a mount namespace of its own.
 
 use std::{
     env, fs,
@@ -21,14 +21,22 @@ use coracle_tests::{
     report::{self, Row, median},
     workspace,
 };
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
 
 /// The peers, and how each runs a bundle.
-const PEERS: [(&str, &[&str]); 2] = [("crun", &["--cgroup-manager=disabled", "run"]), ("runc", &["run"])];
+const PEERS: [(&str, &[&str]); 2] = [("crun", &["run"]), ("runc", &["run"])];
+
+/// Where systemd mounts cgroup v2 beside v1.
+const HYBRID: &str = "/sys/fs/cgroup/unified";
 
 pub(crate) fn bench(rounds: usize, json: bool) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let ours = Agent::start(folder.path())?;
     let bundle = bundle(folder.path())?;
+    leave_hybrid_cgroups()?;
     let peers: Vec<_> = PEERS.into_iter().filter(|(name, args)| runs(name, args, &bundle)).collect();
     let (mut own, mut theirs) = (Vec::new(), vec![Vec::new(); peers.len()]);
     for round in 0..rounds {
@@ -118,6 +126,16 @@ impl Drop for Agent {
         }
         drop(self.child.wait());
     }
+}
+
+/// Gives this process, and the peers that it runs, a view of the machine without cgroup v2 beside v1.
+fn leave_hybrid_cgroups() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace needs root")?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+    if fs::read_to_string("/proc/self/mounts")?.contains(&format!(" {HYBRID} ")) {
+        umount2(HYBRID, MntFlags::MNT_DETACH)?;
+    }
+    Ok(())
 }
 
 /// An OCI bundle of the same busybox, with the configuration that crun writes itself.
