@@ -90,17 +90,20 @@ impl LayerError {
 
 /// What a layer turned out to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct ConvertedLayer {
+pub struct ConvertedLayer {
     /// Digest of the uncompressed stream.
-    pub(crate) diff_id: Digest,
+    pub diff_id: Digest,
     /// Digest of the blob as it came.
-    pub(crate) blob: Digest,
-    pub(crate) blob_size: u64,
-    pub(crate) image_size: u64,
+    pub blob: Digest,
+    /// Its size.
+    pub blob_size: u64,
+    /// Size of the EROFS image.
+    pub image_size: u64,
 }
 
-/// Reads a blob to its end and writes the layer's image.
-pub(crate) fn convert_layer<R: Read, W: Write + Seek>(
+/// Reads a blob to its end and writes the layer's EROFS image, of at most `max_size` bytes (holes included; never
+/// more than the 16 TiB that the format can address).
+pub fn convert_layer<R: Read, W: Write + Seek>(
     blob: R,
     out: W,
     max_size: u64,

@@ -34,7 +34,7 @@ pub use archive::{ArchiveError, LoadProgress};
 pub use config::{ImageConfig, Platform};
 pub use digest::{Digest, ImageId, InvalidDigest};
 pub use erofs::ConvertError;
-pub use layer::LayerError;
+pub use layer::{ConvertedLayer, LayerError, convert_layer};
 pub use reference::{InvalidReference, Reference};
 pub use store::{Error, ErrorKind, HistoryLine, Image, ImageStore, ImageSummary, Layer, Loaded, Removal};
 pub use tarball::TarError;

@@ -200,6 +200,3 @@ fn check_layer_count(path: &str, layers: usize, config: &ImageConfig) -> Result<
     let reason = format!("it lists {layers} layers, but the image config has {diff_ids} diff ids");
     Err(ArchiveError::Invalid { path: path.to_owned(), reason })
 }
-
-#[cfg(test)]
-pub(crate) mod tests;

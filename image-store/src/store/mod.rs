@@ -160,6 +160,3 @@ impl ImageStore {
         })
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -379,6 +379,3 @@ fn until_nul(mut bytes: Vec<u8>) -> Vec<u8> {
     }
     bytes
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,0 +1,479 @@
+//! The store: what archives bring is kept, found, named and removed; bad archives leave nothing behind; a crash's debris
+//! is cleared.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+use common::{Layout, Tar, chain, config_for, docker_archive, gzip, walk, zstd};
+use coracle_image_store::{
+    Error, ErrorKind, Image, ImageId, ImageStore, Loaded, Platform, Reference, Removal,
+};
+use tempfile::TempDir;
+
+struct Store {
+    directory: TempDir,
+    store: ImageStore,
+}
+
+impl Store {
+    fn new() -> Self {
+        let directory = TempDir::new().unwrap();
+        let store = ImageStore::open(directory.path()).unwrap();
+        Self { directory, store }
+    }
+
+    fn load(&self, archive: &[u8]) -> Vec<Loaded> {
+        self.store.load(archive, &mut |_| {}).unwrap_or_else(|error| panic!("{}", chain(&error)))
+    }
+
+    fn refusal(&self, archive: &[u8]) -> String {
+        let error = self.store.load(archive, &mut |_| {}).expect_err("a bad archive was accepted");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error:?}");
+        chain(&error)
+    }
+
+    fn image(&self, name: &str) -> Image {
+        self.store.image(&self.store.resolve(name).unwrap()).unwrap()
+    }
+
+    fn files(&self) -> Vec<String> {
+        files(self.directory.path())
+    }
+
+    fn reopen(self) -> Self {
+        drop(self.store);
+        let store = ImageStore::open(self.directory.path()).unwrap();
+        Self { directory: self.directory, store }
+    }
+}
+
+/// All files of a store but its database.
+fn files(root: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for directory in ["tmp", "layers", "blobs/sha256"] {
+        for entry in fs::read_dir(root.join(directory)).unwrap() {
+            found.push(format!("{directory}/{}", entry.unwrap().file_name().to_string_lossy()));
+        }
+    }
+    found.sort();
+    found
+}
+
+fn base_layer() -> Vec<u8> {
+    Tar::new().file("bin/sh", b"shell").file("etc/passwd", b"root").finish()
+}
+
+fn second_layer() -> Vec<u8> {
+    Tar::new().file("etc/.wh.passwd", b"").dir("home").finish()
+}
+
+const RUN: &str = r#""Cmd":["sh"],"Env":["A=b"],"User":"1000","Labels":{"k":"v"}"#;
+
+fn busybox() -> Vec<u8> {
+    let layer = base_layer();
+    docker_archive(&["busybox:latest"], &config_for(&[&layer], RUN), &[&layer])
+}
+
+fn app() -> Vec<u8> {
+    let layers = [base_layer(), second_layer()];
+    let layers: Vec<_> = layers.iter().map(Vec::as_slice).collect();
+    docker_archive(&["app:v1", "app:v2"], &config_for(&layers, ""), &layers)
+}
+
+#[test]
+fn a_docker_archive_is_loaded_with_its_layers_and_tags() {
+    let store = Store::new();
+    let mut progress = Vec::new();
+    let loaded = store.store.load(busybox().as_slice(), &mut |step| progress.push(step)).unwrap();
+    assert_eq!(loaded[0].messages(), ["Loaded image: busybox:latest"]);
+    let image = store.image("busybox");
+    assert_eq!(image.id, ImageId::of_config(&image.config_raw));
+    assert_eq!(image.config.config.cmd.as_deref(), Some(&["sh".to_owned()][..]));
+    assert_eq!((image.config.config.user.as_str(), image.platform.to_string()), ("1000", "linux/amd64".to_owned()));
+    assert_eq!(image.created.unwrap().as_second(), 1_714_979_289);
+    let tree = walk(image.layers[0].open_layer().unwrap());
+    assert_eq!(tree["bin/sh"].text(), "shell");
+    assert_eq!(fs::metadata(&image.layers[0].path).unwrap().len(), image.layers[0].size);
+    let last = progress.last().unwrap();
+    assert_eq!((last.current, last.layer.as_str()), (last.total, "000000000000"));
+    let history = image.history();
+    assert_eq!((history[0].id, history[0].size), (Some(image.id), image.size));
+    assert_eq!(history[0].tags, ["busybox:latest"]);
+}
+
+#[test]
+fn images_of_one_store_share_layers_and_survive_a_restart() {
+    let store = Store::new();
+    store.load(&busybox());
+    store.load(&gzip(&app()));
+    assert_eq!(store.files().iter().filter(|file| file.starts_with("layers/")).count(), 2);
+    let before = store.image("app:v2");
+    let store = store.reopen();
+    let image = store.image("app:v1");
+    assert_eq!((image.id, image.layers.len()), (before.id, 2));
+    assert_eq!(image.layers[0], store.image("busybox").layers[0]);
+    assert_eq!(image.repo_tags, ["app:v1", "app:v2"]);
+    let list = store.store.list().unwrap();
+    assert_eq!(list.len(), 2);
+    assert!(list.iter().any(|line| line.labels.get("k").is_some_and(|value| value == "v")));
+}
+
+#[test]
+fn loading_again_changes_nothing() {
+    let store = Store::new();
+    let first = store.load(&busybox());
+    let files = store.files();
+    let again = store.load(&zstd(&busybox()));
+    assert_eq!((first[0].id, store.files()), (again[0].id, files));
+    assert!(again[0].replaced.is_empty());
+}
+
+#[test]
+fn a_tag_moves_to_the_image_that_was_loaded_last() {
+    let store = Store::new();
+    let old = store.load(&busybox())[0].id;
+    let layer = second_layer();
+    let new = store.load(&docker_archive(&["busybox:latest"], &config_for(&[&layer], ""), &[&layer]));
+    assert_eq!(new[0].replaced, [(Reference::parse("busybox").unwrap(), old)]);
+    assert!(new[0].messages()[0].contains("renaming the old one"));
+    assert_eq!(store.image("busybox").id, new[0].id);
+    assert!(store.store.image(&old).unwrap().repo_tags.is_empty());
+}
+
+#[test]
+fn old_archives_with_links_between_layers_load() {
+    let layer = base_layer();
+    let config = config_for(&[&layer, &layer], "");
+    let hex = "c".repeat(64);
+    let tar = Tar::new()
+        .file("manifest.json", br#"[{"Config":"conf","RepoTags":null,"Layers":["a/layer.tar","b.tar"]}]"#)
+        .file("conf", &config)
+        .symlink("a/layer.tar", &format!("../{hex}.tar"))
+        .hard_link("b.tar", &format!("{hex}.tar"))
+        .file(&format!("{hex}.tar"), &layer)
+        .finish();
+    let store = Store::new();
+    let loaded = store.load(&tar);
+    assert_eq!(loaded[0].messages(), [format!("Loaded image ID: {}", loaded[0].id)]);
+    assert_eq!(store.store.image(&loaded[0].id).unwrap().layers.len(), 2);
+    assert_eq!(store.store.resolve(&loaded[0].id.short()).unwrap(), loaded[0].id);
+}
+
+#[test]
+fn an_oci_layout_is_loaded_with_its_names_and_digests() {
+    let (base, second) = (base_layer(), second_layer());
+    let mut layout = Layout::default();
+    let config = config_for(&[&base, &second], RUN);
+    let named = layout.image(&config, &[&gzip(&base), &zstd(&second)]);
+    layout.list_named(&named, "ghcr.io/team/app:v1");
+    let dangling = layout.image(&config_for(&[&base], ""), &[&base]);
+    layout.list(&dangling, "");
+    let store = Store::new();
+    let loaded = store.load(&layout.finish());
+    assert_eq!(loaded.len(), 2);
+    let image = store.image("ghcr.io/team/app:v1");
+    assert_eq!(image.id, ImageId::of_config(&config));
+    let digest = named.split('"').nth(3).unwrap();
+    assert_eq!(image.repo_digests, [format!("ghcr.io/team/app@{digest}")]);
+    assert_eq!(store.store.resolve(&image.repo_digests[0]).unwrap(), image.id);
+    assert_eq!(loaded.iter().filter(|loaded| loaded.tags.is_empty()).count(), 1);
+}
+
+#[test]
+fn of_an_index_the_image_for_this_machine_is_chosen() {
+    let layer = base_layer();
+    let mut layout = Layout::default();
+    let host = Platform::host();
+    let ours = config_for(&[&layer], r#""User":"ours""#);
+    let mut entries = Vec::new();
+    for (config, platform) in [
+        (config_for(&[&layer], r#""User":"other""#), r#"{"os":"linux","architecture":"s390x"}"#.to_owned()),
+        (ours.clone(), format!(r#"{{"os":"linux","architecture":"{}"}}"#, host.architecture)),
+        (config_for(&[&layer], r#""User":"att""#), r#"{"os":"unknown","architecture":"unknown"}"#.to_owned()),
+    ] {
+        let image = layout.image(&config, &[&layer]);
+        entries.push(format!(r#"{{{image},"platform":{platform}}}"#));
+    }
+    let index = layout.blob(format!(r#"{{"manifests":[{}]}}"#, entries.join(",")).as_bytes());
+    layout.list_named(&index, "multi:latest");
+    let store = Store::new();
+    let loaded = store.load(&layout.finish());
+    assert_eq!(loaded.len(), 1);
+    assert_eq!(loaded[0].id, ImageId::of_config(&ours));
+    assert!(store.image("multi").platform.runs_on_host());
+}
+
+#[test]
+fn an_image_for_another_machine_loads_and_says_so() {
+    let layer = base_layer();
+    let config = String::from_utf8(config_for(&[&layer], "")).unwrap().replace("amd64", "s390x");
+    let store = Store::new();
+    let loaded = store.load(&docker_archive(&["other"], config.as_bytes(), &[&layer]));
+    assert!(!loaded[0].platform.runs_on_host());
+    assert_eq!(loaded[0].platform.to_string(), "linux/s390x");
+}
+
+#[test]
+fn bad_archives_are_refused_and_leave_nothing() {
+    let layer = base_layer();
+    let config = config_for(&[&layer], "");
+    let with_layer = |layer: &[u8]| docker_archive(&["bad"], &config, &[layer]);
+    let evil = |path| {
+        let layer = Tar::new().file(path, b"").finish();
+        docker_archive(&["bad"], &config_for(&[&layer], ""), &[&layer])
+    };
+    let dead_link = Tar::new().hard_link("a", "nowhere").finish();
+    let through_link = Tar::new().symlink("a", "/etc").file("a/passwd", b"").finish();
+    let manifest = |text: &str| Tar::new().file("manifest.json", text.as_bytes()).file("c", &config).finish();
+    let renamed = {
+        let text = format!(r#"[{{"Config":"{}.json","Layers":["l"]}}]"#, "0".repeat(64));
+        let tar = Tar::new().file("manifest.json", text.as_bytes()).file("l", &layer);
+        tar.file(&format!("{}.json", "0".repeat(64)), &config).finish()
+    };
+    let store = Store::new();
+    for (archive, expected) in [
+        (b"".to_vec(), "archive is not a tar, gzip or zstd stream"),
+        (b"hello world".to_vec(), "archive is not a tar, gzip or zstd stream"),
+        (gzip(b"hello world"), "archive is not a tar, gzip or zstd stream"),
+        (Tar::new().file("etc/passwd", b"").finish(), "neither a manifest.json nor an index.json"),
+        (Tar::new().file("../manifest.json", b"[]").finish(), "entry `../manifest.json` is refused"),
+        (busybox()[..3000].to_vec(), "archive is truncated"),
+        (gzip(&busybox())[..300].to_vec(), "archive is truncated"),
+        (with_layer(&second_layer()), "wrong digest of layer `0000"),
+        (with_layer(b"not a layer at all"), "layer is not a tar, gzip or zstd stream"),
+        (with_layer(&gzip(&layer)[..100]), "layer is truncated"),
+        (evil("../../etc/cron.d/evil"), "entry `../../etc/cron.d/evil` is refused: its path contains `..`"),
+        (docker_archive(&[], &config_for(&[&dead_link], ""), &[&dead_link]), "its hard link target is not in the layer"),
+        (docker_archive(&[], &config_for(&[&through_link], ""), &[&through_link]), "`a` is a symbolic link"),
+        (docker_archive(&["Bad:Name"], &config, &[&layer]), "repository name must be lowercase"),
+        (docker_archive(&["bad"], &config_for(&[], ""), &[&layer]), "lists 1 layers, but the image config has 0"),
+        (docker_archive(&["bad"], b"{\"rootfs\":1}", &[]), "the image config is malformed"),
+        (manifest("{"), "`manifest.json` in the archive is malformed"),
+        (manifest(r#"[{"Config":"missing"}]"#), "archive lacks the image config `missing`"),
+        (manifest(r#"[{"Config":"c","Layers":["missing"]}]"#), "archive lacks layer `missing`"),
+        (renamed, "wrong digest of image config"),
+    ] {
+        let refusal = store.refusal(&archive);
+        assert!(refusal.contains(expected), "{refusal:?} should contain {expected:?}");
+        assert!(store.files().is_empty(), "{refusal}: {:?}", store.files());
+        assert!(store.store.list().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn an_oci_layout_with_a_wrong_digest_or_size_is_refused_by_name() {
+    let layer = base_layer();
+    let config = config_for(&[&layer], "");
+    let other = config_for(&[&layer], r#""User":"mallory""#);
+    let packed = gzip(&layer);
+    let store = Store::new();
+    let refusal = |change: &dyn Fn(&mut Layout, &str) -> Option<String>| {
+        let mut layout = Layout::default();
+        let image = layout.image(&config, &[&packed]);
+        let listed = change(&mut layout, &image).unwrap_or(image);
+        layout.list_named(&listed, "bad");
+        let refusal = store.refusal(&layout.finish());
+        assert!(store.files().is_empty(), "{refusal}: {:?}", store.files());
+        refusal
+    };
+    let descriptor = |content: &[u8]| Layout::default().blob(content);
+    let swap = |content: &[u8], by: &[u8]| {
+        let descriptor = descriptor(content);
+        let by = by.to_vec();
+        refusal(&move |layout, _| {
+            layout.tamper(&descriptor, &by);
+            None
+        })
+    };
+    let digest = |content: &[u8]| coracle_image_store::Digest::of(content).to_string();
+    let mut same_length = config.clone();
+    let year = same_length.windows(4).position(|window| window == b"2024").unwrap();
+    same_length[year..year + 4].copy_from_slice(b"2025");
+    let text = swap(&config, &same_length);
+    assert!(text.contains("wrong digest of the image config"), "{text}");
+    assert!(text.contains(&digest(&config)) && text.contains(&digest(&same_length)), "{text}");
+    assert!(swap(&config, &other).contains("wrong size of `blobs/sha256/"));
+    assert!(swap(&packed, &gzip(&second_layer())).contains("wrong size of `blobs/sha256/"));
+    assert!(swap(&packed, b"garbage").contains("layer is not a tar, gzip or zstd stream"));
+    let mut repacked = packed.clone();
+    // The time in gzip's header: another blob of the same content and length.
+    repacked[4] ^= 1;
+    let text = swap(&packed, &repacked);
+    assert!(text.contains("wrong digest of layer") && text.contains(&digest(&repacked)), "{text}");
+    let text = refusal(&|layout, image| {
+        layout.remove(image);
+        None
+    });
+    assert!(text.contains("archive lacks the manifest"), "{text}");
+    let text = refusal(&|_, image| Some(format!("{}9", image)));
+    assert!(text.contains("wrong size"), "{text}");
+    let text = refusal(&|_, _| Some(r#""digest":"sha512:00","size":1"#.to_owned()));
+    assert!(text.contains("not a digest"), "{text}");
+    // An index that contains itself cannot be made, but one that is too deep can.
+    let text = refusal(&|layout, image| {
+        Some((0..20).fold(image.to_owned(), |inner, _| {
+            layout.blob(format!(r#"{{"manifests":[{{{inner}}}]}}"#).as_bytes())
+        }))
+    });
+    assert!(text.contains("nested too deeply"), "{text}");
+}
+
+#[test]
+fn names_resolve_by_dockers_rules() {
+    let store = Store::new();
+    let id = store.load(&busybox())[0].id;
+    let hex = id.to_string()[7..].to_owned();
+    for name in ["busybox", "busybox:latest", "docker.io/library/busybox", &id.to_string(), &hex, &hex[..6], &id.to_string()[..12]] {
+        assert_eq!(store.store.resolve(name).unwrap(), id, "{name}");
+    }
+    for (name, expected) in [
+        ("nothing", "No such image: nothing:latest"),
+        ("busybox:2", "No such image: busybox:2"),
+        (&"0".repeat(64), &format!("No such image: {}", "0".repeat(64))),
+        ("", "invalid reference format"),
+        ("Busybox", "repository name must be lowercase"),
+    ] {
+        let error = store.store.resolve(name).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    let layer = second_layer();
+    let ids: Vec<_> = (0..40)
+        .map(|n| store.load(&docker_archive(&[], &config_for(&[&layer], &format!(r#""User":"{n}""#)), &[&layer]))[0].id)
+        .collect();
+    let shared = ids.iter().map(|id| id.to_string()[7..8].to_owned()).find(|first| {
+        ids.iter().filter(|id| id.to_string()[7..].starts_with(first.as_str())).count() > 1
+    });
+    assert!(matches!(store.store.resolve(&shared.unwrap()), Err(Error::Ambiguous { .. })));
+}
+
+#[test]
+fn tags_are_added_and_removed_and_the_last_one_takes_the_image_along() {
+    let store = Store::new();
+    let id = store.load(&busybox())[0].id;
+    store.load(&app());
+    store.store.tag("busybox", &Reference::parse("mine:1").unwrap()).unwrap();
+    assert_eq!(store.image("mine:1").id, id);
+    let digest_reference = Reference::parse(&format!("x@{id}")).unwrap();
+    assert_eq!(store.store.tag("busybox", &digest_reference).unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert_eq!(store.store.tag("nothing", &Reference::parse("x").unwrap()).unwrap_err().kind(), ErrorKind::NotFound);
+    let free = |_: &ImageId| false;
+    let removed = store.store.remove("busybox", false, &free).unwrap();
+    assert_eq!(removed, [Removal::Untagged("busybox:latest".to_owned())]);
+    let removed = store.store.remove("mine:1", false, &free).unwrap();
+    assert_eq!(removed, [Removal::Untagged("mine:1".to_owned()), Removal::Deleted(id.to_string())]);
+    assert!(matches!(store.store.image(&id), Err(Error::NotFound { .. })));
+    // The other image shares the lower layer.
+    let image = store.image("app:v1");
+    assert!(image.layers.iter().all(|layer| layer.open_layer().is_ok()));
+    store.store.remove(&image.id.short(), false, &free).unwrap();
+    assert!(store.files().is_empty(), "{:?}", store.files());
+    assert_eq!(store.store.remove("app:v1", false, &free).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn what_containers_use_is_not_deleted() {
+    let store = Store::new();
+    let id = store.load(&busybox())[0].id;
+    let used = |_: &ImageId| true;
+    let error = store.store.remove("busybox", false, &used).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict);
+    assert!(error.to_string().contains("must force"), "{error}");
+    assert_eq!(store.store.remove(&id.to_string(), true, &used).unwrap_err().kind(), ErrorKind::Conflict);
+    let removed = store.store.remove("busybox", true, &used).unwrap();
+    assert_eq!(removed, [Removal::Untagged("busybox:latest".to_owned())]);
+    assert!(store.store.image(&id).unwrap().layers[0].open_layer().is_ok());
+    // Tags in several repositories need force when the image is named by its id.
+    for tag in ["a", "b"] {
+        store.store.tag(&id.to_string(), &Reference::parse(tag).unwrap()).unwrap();
+    }
+    let free = |_: &ImageId| false;
+    assert_eq!(store.store.remove(&id.short(), false, &free).unwrap_err().kind(), ErrorKind::Conflict);
+    assert_eq!(store.store.remove(&id.short(), true, &free).unwrap().len(), 3);
+}
+
+#[test]
+fn only_one_process_can_open_a_store() {
+    let store = Store::new();
+    let error = ImageStore::open(store.directory.path()).unwrap_err();
+    assert!(matches!(error, Error::Locked { .. }), "{error:?}");
+    assert!(error.to_string().contains("in use by another process"));
+}
+
+#[test]
+fn the_debris_of_a_crash_is_cleared_at_the_next_start() {
+    let store = Store::new();
+    store.load(&busybox());
+    let good = store.files();
+    let root = store.directory.path();
+    // Killed while converting, after renaming but before the commit, and after a commit that deleted an image.
+    File::create(root.join("tmp/layer-abc")).unwrap();
+    File::create(root.join(format!("layers/{}.erofs", "1".repeat(64)))).unwrap();
+    File::create(root.join(format!("blobs/sha256/{}", "2".repeat(64)))).unwrap();
+    File::create(root.join("layers/what.is.this")).unwrap();
+    fs::create_dir(root.join("tmp/directory")).unwrap();
+    let store = store.reopen();
+    assert_eq!(store.files(), good);
+    assert!(store.image("busybox").layers[0].open_layer().is_ok());
+}
+
+/// A connection that breaks in the middle.
+struct Broken<'a>(&'a [u8]);
+
+impl Read for Broken<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buffer)? {
+            0 => Err(io::Error::new(io::ErrorKind::ConnectionReset, "the client went away")),
+            read => Ok(read),
+        }
+    }
+}
+
+#[test]
+fn a_client_that_goes_away_leaves_nothing() {
+    let store = Store::new();
+    let archive = busybox();
+    for length in [0, 100, 600, 2000, archive.len() - 1] {
+        let error = store.store.load(Broken(&archive[..length]), &mut |_| {}).unwrap_err();
+        assert!(chain(&error).contains("the client went away"), "{error:?}");
+        assert!(store.files().is_empty());
+    }
+}
+
+#[test]
+fn loads_of_the_same_image_at_once_are_safe() {
+    let store = Store::new();
+    let archive = app();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| store.load(&archive));
+        }
+        scope.spawn(|| {
+            for _ in 0..20 {
+                let _ = store.store.remove("app:v1", true, &|_| false);
+                let _ = store.store.remove("app:v2", true, &|_| false);
+            }
+        });
+    });
+    store.load(&archive);
+    let image = store.image("app:v1");
+    assert!(image.layers.iter().all(|layer| layer.open_layer().is_ok()));
+    assert_eq!(store.files().len(), 3);
+}
+
+#[test]
+fn a_missing_file_of_the_store_is_an_error_and_loading_again_repairs_it() {
+    let store = Store::new();
+    store.load(&busybox());
+    let layer = store.image("busybox").layers[0].clone();
+    fs::remove_file(&layer.path).unwrap();
+    assert_eq!(layer.open_layer().unwrap_err().kind(), ErrorKind::Internal);
+    store.load(&busybox());
+    assert!(layer.open_layer().is_ok());
+    let id = store.store.resolve("busybox").unwrap();
+    fs::write(store.directory.path().join("blobs/sha256").join(&id.to_string()[7..]), b"{}").unwrap();
+    assert!(matches!(store.store.image(&id), Err(Error::Corrupt { .. })));
+}
