@@ -1,6 +1,7 @@
 //! The kernel's opinion: images are mounted by this machine's EROFS driver and compared, entry by entry, with what GNU
 //! tar extracts from the same stream; overlay is laid over them to see that whiteouts hide. Needs Linux with EROFS,
-//! overlay and loop-free (file-backed) mounts, root, and GNU tar, and fails loudly where it cannot run.
+//! overlay and loop-free (file-backed) mounts, root, and GNU tar, and fails loudly where it cannot run. A full disk is
+//! tried here as well, since a small file system has to be mounted for that.
 #![cfg(target_os = "linux")]
 #![allow(missing_docs)]
 
@@ -15,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::{MAX, Tar};
-use coracle_image_store::convert_layer;
+use coracle_image_store::{ErrorKind, ImageStore, convert_layer};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 use tempfile::TempDir;
@@ -25,11 +26,17 @@ struct Mounted(PathBuf);
 
 impl Mounted {
     fn new(source: &Path, target: &Path, kind: &str, options: &str) -> Self {
+        Self::with_flags(source, target, kind, MountFlags::RDONLY, options)
+    }
+
+    fn with_flags(source: &Path, target: &Path, kind: &str, flags: MountFlags, options: &str) -> Self {
         fs::create_dir_all(target).unwrap();
         let options = CString::new(options).unwrap();
-        let mounted = rustix::mount::mount(source, target, kind, MountFlags::RDONLY, options.as_c_str());
+        let mounted = rustix::mount::mount(source, target, kind, flags, options.as_c_str());
         mounted.unwrap_or_else(|error| {
-            panic!("this test needs root and a kernel that mounts {kind} images from files (Linux 6.12): {error}")
+            panic!(
+                "this test needs root and a kernel that mounts {kind} images from files (Linux 6.12): {error}"
+            )
         });
         Self(target.to_owned())
     }
@@ -56,7 +63,8 @@ fn describe(root: &Path) -> BTreeMap<PathBuf, String> {
         let full = root.join(&path);
         let metadata = full.symlink_metadata().unwrap();
         if metadata.is_dir() {
-            let mut names: Vec<_> = fs::read_dir(&full).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            let mut names: Vec<_> =
+                fs::read_dir(&full).unwrap().map(|entry| entry.unwrap().file_name()).collect();
             names.sort();
             pending.extend(names.iter().rev().map(|name| path.join(name)));
         }
@@ -157,7 +165,9 @@ fn image_of(tar: &[u8], path: &Path) {
     convert_layer(tar, &image, MAX).unwrap();
     // Debian's EROFS tools check it too, where they are installed.
     match Command::new("fsck.erofs").arg(path).output() {
-        Ok(output) => assert!(output.status.success(), "fsck.erofs: {}", String::from_utf8_lossy(&output.stderr)),
+        Ok(output) => {
+            assert!(output.status.success(), "fsck.erofs: {}", String::from_utf8_lossy(&output.stderr))
+        }
         Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound),
     }
 }
@@ -178,14 +188,16 @@ fn the_kernel_sees_what_gnu_tar_extracts() {
     .into_iter()
     .enumerate()
     {
-        let tar = run(Command::new("tar").args(options).args(["--sort=name", "-C"]).arg(&tree).args(["-c", "."]));
+        let tar =
+            run(Command::new("tar").args(options).args(["--sort=name", "-C"]).arg(&tree).args(["-c", "."]));
         let image = work.path().join(format!("{number}.erofs"));
         let archive = write(work.path().join(format!("{number}.tar")), &tar);
         image_of(&tar, &image);
         let mounted = Mounted::new(&image, &work.path().join(format!("mounted-{number}")), "erofs", "");
         let extracted = work.path().join(format!("extracted-{number}"));
         fs::create_dir(&extracted).unwrap();
-        let attributes = ["--xattrs", "--xattrs-include=*", "--acls", "--same-owner", "-p", "--numeric-owner"];
+        let attributes =
+            ["--xattrs", "--xattrs-include=*", "--acls", "--same-owner", "-p", "--numeric-owner"];
         run(Command::new("tar").args(attributes).arg("-C").arg(&extracted).arg("-xf").arg(&archive));
         let (ours, theirs) = (describe(&mounted.0), describe(&extracted));
         assert_eq!(ours.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>(), "{options:?}");
@@ -223,6 +235,26 @@ fn overlay_hides_what_a_layer_deletes() {
         .collect();
     let options = format!("lowerdir={}:{}", mounts[1].0.display(), mounts[0].0.display());
     let merged = Mounted::new(Path::new("overlay"), &work.path().join("merged"), "overlay", &options);
-    let paths: Vec<_> = describe(&merged.0).into_keys().filter_map(|path| path.to_str().map(str::to_owned)).collect();
+    let paths: Vec<_> =
+        describe(&merged.0).into_keys().filter_map(|path| path.to_str().map(str::to_owned)).collect();
     assert_eq!(paths, ["", "again", "again/new", "etc", "etc/hosts", "only-here", "srv", "srv/new"]);
+}
+
+#[test]
+fn a_full_disk_is_a_clear_error_and_leaves_nothing() {
+    let work = TempDir::new().unwrap();
+    let small = work.path().join("small");
+    let disk = Mounted::with_flags(Path::new("tmpfs"), &small, "tmpfs", MountFlags::empty(), "size=4m");
+    let store = ImageStore::open(&disk.0).unwrap();
+    let layer = Tar::new().file("big", &vec![1; 6 << 20]).finish();
+    let archive = common::docker_archive(&["big"], &common::config_for(&[&layer], ""), &[&layer]);
+    let error = store.load(archive.as_slice(), &mut |_| {}).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace, "{error:?}");
+    assert!(error.to_string().contains("no space left"), "{error}");
+    for directory in ["tmp", "layers", "blobs/sha256"] {
+        assert_eq!(fs::read_dir(disk.0.join(directory)).unwrap().count(), 0);
+    }
+    let layer = Tar::new().file("small", b"1").finish();
+    let archive = common::docker_archive(&["small"], &common::config_for(&[&layer], ""), &[&layer]);
+    store.load(archive.as_slice(), &mut |_| {}).unwrap();
 }

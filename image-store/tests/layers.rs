@@ -149,10 +149,16 @@ fn entries_that_do_not_belong_into_a_layer_are_refused_by_name() {
         (Tar::new().file("./", b"x"), "replace the layer's root"),
         (Tar::new().file(&"x".repeat(256), b""), "longer than 255 bytes"),
         (Tar::new().file(&"x/".repeat(2049), b""), "longer than 4095 bytes"),
-        (Tar::new().symlink("a", "/etc").file("a/b", b""), "its parent `a` is a symbolic link in the same layer"),
+        (
+            Tar::new().symlink("a", "/etc").file("a/b", b""),
+            "its parent `a` is a symbolic link in the same layer",
+        ),
         (Tar::new().file("a", b"").file("a/b/c", b""), "its parent `a` is not a directory"),
         (Tar::new().hard_link("a", "nowhere"), "hard link target is not in the layer (target `nowhere`)"),
-        (Tar::new().hard_link("a", "../../etc/passwd"), "its hard link target is bad: its path contains `..`"),
+        (
+            Tar::new().hard_link("a", "../../etc/passwd"),
+            "its hard link target is bad: its path contains `..`",
+        ),
         (Tar::new().dir("d").hard_link("a", "d"), "its hard link target is a directory"),
         (Tar::new().file(".wh.x", b"").hard_link("a", "x"), "hard link target is not in the layer"),
         (Tar::new().symlink("a", ""), "has no target"),

@@ -93,7 +93,10 @@ fn a_docker_archive_is_loaded_with_its_layers_and_tags() {
     let image = store.image("busybox");
     assert_eq!(image.id, ImageId::of_config(&image.config_raw));
     assert_eq!(image.config.config.cmd.as_deref(), Some(&["sh".to_owned()][..]));
-    assert_eq!((image.config.config.user.as_str(), image.platform.to_string()), ("1000", "linux/amd64".to_owned()));
+    assert_eq!(
+        (image.config.config.user.as_str(), image.platform.to_string()),
+        ("1000", "linux/amd64".to_owned())
+    );
     assert_eq!(image.created.unwrap().as_second(), 1_714_979_289);
     let tree = walk(image.layers[0].open_layer().unwrap());
     assert_eq!(tree["bin/sh"].text(), "shell");
@@ -247,10 +250,16 @@ fn bad_archives_are_refused_and_leave_nothing() {
         (with_layer(b"not a layer at all"), "layer is not a tar, gzip or zstd stream"),
         (with_layer(&gzip(&layer)[..100]), "layer is truncated"),
         (evil("../../etc/cron.d/evil"), "entry `../../etc/cron.d/evil` is refused: its path contains `..`"),
-        (docker_archive(&[], &config_for(&[&dead_link], ""), &[&dead_link]), "its hard link target is not in the layer"),
+        (
+            docker_archive(&[], &config_for(&[&dead_link], ""), &[&dead_link]),
+            "its hard link target is not in the layer",
+        ),
         (docker_archive(&[], &config_for(&[&through_link], ""), &[&through_link]), "`a` is a symbolic link"),
         (docker_archive(&["Bad:Name"], &config, &[&layer]), "repository name must be lowercase"),
-        (docker_archive(&["bad"], &config_for(&[], ""), &[&layer]), "lists 1 layers, but the image config has 0"),
+        (
+            docker_archive(&["bad"], &config_for(&[], ""), &[&layer]),
+            "lists 1 layers, but the image config has 0",
+        ),
         (docker_archive(&["bad"], b"{\"rootfs\":1}", &[]), "the image config is malformed"),
         (manifest("{"), "`manifest.json` in the archive is malformed"),
         (manifest(r#"[{"Config":"missing"}]"#), "archive lacks the image config `missing`"),
@@ -327,7 +336,15 @@ fn names_resolve_by_dockers_rules() {
     let store = Store::new();
     let id = store.load(&busybox())[0].id;
     let hex = id.to_string()[7..].to_owned();
-    for name in ["busybox", "busybox:latest", "docker.io/library/busybox", &id.to_string(), &hex, &hex[..6], &id.to_string()[..12]] {
+    for name in [
+        "busybox",
+        "busybox:latest",
+        "docker.io/library/busybox",
+        &id.to_string(),
+        &hex,
+        &hex[..6],
+        &id.to_string()[..12],
+    ] {
         assert_eq!(store.store.resolve(name).unwrap(), id, "{name}");
     }
     for (name, expected) in [
@@ -342,11 +359,16 @@ fn names_resolve_by_dockers_rules() {
     }
     let layer = second_layer();
     let ids: Vec<_> = (0..40)
-        .map(|n| store.load(&docker_archive(&[], &config_for(&[&layer], &format!(r#""User":"{n}""#)), &[&layer]))[0].id)
+        .map(|n| {
+            store.load(&docker_archive(&[], &config_for(&[&layer], &format!(r#""User":"{n}""#)), &[&layer]))
+                [0]
+            .id
+        })
         .collect();
-    let shared = ids.iter().map(|id| id.to_string()[7..8].to_owned()).find(|first| {
-        ids.iter().filter(|id| id.to_string()[7..].starts_with(first.as_str())).count() > 1
-    });
+    let shared = ids
+        .iter()
+        .map(|id| id.to_string()[7..8].to_owned())
+        .find(|first| ids.iter().filter(|id| id.to_string()[7..].starts_with(first.as_str())).count() > 1);
     assert!(matches!(store.store.resolve(&shared.unwrap()), Err(Error::Ambiguous { .. })));
 }
 
@@ -359,7 +381,10 @@ fn tags_are_added_and_removed_and_the_last_one_takes_the_image_along() {
     assert_eq!(store.image("mine:1").id, id);
     let digest_reference = Reference::parse(&format!("x@{id}")).unwrap();
     assert_eq!(store.store.tag("busybox", &digest_reference).unwrap_err().kind(), ErrorKind::InvalidInput);
-    assert_eq!(store.store.tag("nothing", &Reference::parse("x").unwrap()).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(
+        store.store.tag("nothing", &Reference::parse("x").unwrap()).unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
     let free = |_: &ImageId| false;
     let removed = store.store.remove("busybox", false, &free).unwrap();
     assert_eq!(removed, [Removal::Untagged("busybox:latest".to_owned())]);
@@ -476,4 +501,44 @@ fn a_missing_file_of_the_store_is_an_error_and_loading_again_repairs_it() {
     let id = store.store.resolve("busybox").unwrap();
     fs::write(store.directory.path().join("blobs/sha256").join(&id.to_string()[7..]), b"{}").unwrap();
     assert!(matches!(store.store.image(&id), Err(Error::Corrupt { .. })));
+}
+
+/// The other side of the test below: loads what never ends, and says when it is in the middle of it.
+#[test]
+fn load_until_killed() {
+    let Some(root) = std::env::var_os("CORACLE_TEST_STORE") else { return };
+    let store = ImageStore::open(Path::new(&root)).unwrap();
+    let mut header = Tar::header(tar::EntryType::Regular, 0o644);
+    header.as_old_mut().name[..5].copy_from_slice(b"x.tar");
+    header.set_size(1 << 40);
+    header.set_cksum();
+    let outer = header.as_bytes().to_vec();
+    let endless = outer.as_slice().chain(header.as_bytes().as_slice()).chain(io::repeat(1));
+    let error = store.load(endless, &mut |step| println!("converted {} bytes", step.current)).unwrap_err();
+    panic!("the load ended by itself: {}", chain(&error));
+}
+
+#[test]
+fn a_load_that_is_killed_leaves_nothing() {
+    use std::io::BufRead;
+    let store = Store::new();
+    store.load(&busybox());
+    let good = store.files();
+    let Store { directory, store } = store;
+    drop(store);
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "load_until_killed", "--nocapture"])
+        .env("CORACLE_TEST_STORE", directory.path())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = io::BufReader::new(child.stdout.take().unwrap()).lines();
+    let in_the_middle = lines.by_ref().map(Result::unwrap).filter(|line| line.contains("converted")).nth(3);
+    assert!(in_the_middle.is_some());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(files(directory.path()).iter().any(|file| file.starts_with("tmp/layer-")));
+    let store = ImageStore::open(directory.path()).unwrap();
+    assert_eq!(files(directory.path()), good);
+    assert!(store.resolve("busybox").is_ok());
 }

@@ -144,7 +144,8 @@ mod tests {
 
     #[test]
     fn records_are_parsed_with_binary_values() {
-        let records = PaxRecords::parse(b"12 path=a/b\n28 SCHILY.xattr.user.x=\x00\n=\xff\n13 size=1234\n6 z=1\n");
+        let records =
+            PaxRecords::parse(b"12 path=a/b\n28 SCHILY.xattr.user.x=\x00\n=\xff\n13 size=1234\n6 z=1\n");
         let records = records.unwrap();
         assert_eq!(records.path.as_deref(), Some(&b"a/b"[..]));
         assert_eq!(records.xattrs, [(b"user.x".to_vec(), b"\x00\n=\xff".to_vec())]);

@@ -193,7 +193,8 @@ pub fn walk<R: Read + Seek>(image: R) -> BTreeMap<String, Seen> {
                     b".." => assert_eq!(entry.nid, parent),
                     name => {
                         let name = String::from_utf8_lossy(name);
-                        let child = if path.is_empty() { name.into_owned() } else { format!("{path}/{name}") };
+                        let child =
+                            if path.is_empty() { name.into_owned() } else { format!("{path}/{name}") };
                         pending.push((child, entry.nid, nid));
                     }
                 }
@@ -260,9 +261,15 @@ pub fn docker_archive(tags: &[&str], config: &[u8], layers: &[&[u8]]) -> Vec<u8>
         tar.dir(directory).file(&format!("{directory}VERSION"), b"1.0").file(name, layer)
     });
     let names: Vec<_> = names.iter().map(String::as_str).collect();
-    let manifest =
-        format!(r#"[{{"Config":"{config_name}","RepoTags":[{}],"Layers":[{}]}}]"#, quoted(tags), quoted(&names));
-    tar.file(&config_name, config).file("manifest.json", manifest.as_bytes()).file("repositories", b"{}").finish()
+    let manifest = format!(
+        r#"[{{"Config":"{config_name}","RepoTags":[{}],"Layers":[{}]}}]"#,
+        quoted(tags),
+        quoted(&names)
+    );
+    tar.file(&config_name, config)
+        .file("manifest.json", manifest.as_bytes())
+        .file("repositories", b"{}")
+        .finish()
 }
 
 /// An OCI layout under construction.
@@ -311,7 +318,10 @@ impl Layout {
 
     pub fn finish(self) -> Vec<u8> {
         let index = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, self.manifests.join(","));
-        let tar = self.blobs.into_iter().fold(Tar::new().dir("blobs/"), |tar, (path, blob)| tar.file(&path, &blob));
-        tar.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#).file("index.json", index.as_bytes()).finish()
+        let tar =
+            self.blobs.into_iter().fold(Tar::new().dir("blobs/"), |tar, (path, blob)| tar.file(&path, &blob));
+        tar.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)
+            .file("index.json", index.as_bytes())
+            .finish()
     }
 }
