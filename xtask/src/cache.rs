@@ -40,9 +40,13 @@ pub(crate) fn entry(kind: &str, key: &str, make: impl FnOnce(&Path) -> Result<()
     if place.is_dir() {
         return Ok(place);
     }
-    let made = tempfile::Builder::new().prefix(".making-").tempdir_in(&shelf).with_context(|| format!("cannot write in {}", shelf.display()))?;
+    let made = tempfile::Builder::new()
+        .prefix(".making-")
+        .tempdir_in(&shelf)
+        .with_context(|| format!("cannot write in {}", shelf.display()))?;
     make(made.path())?;
-    fs::rename(made.path(), &place).with_context(|| format!("cannot put {} in its place", place.display()))?;
+    fs::rename(made.path(), &place)
+        .with_context(|| format!("cannot put {} in its place", place.display()))?;
     File::open(&shelf)?.sync_all()?;
     let _ = made.keep();
     Ok(place)
@@ -62,7 +66,9 @@ fn lock(path: &Path) -> Result<Flock<File>> {
         Ok(lock) => Ok(lock),
         Err((file, nix::Error::EWOULDBLOCK)) => {
             eprintln!("waiting for another xtask that makes the same");
-            Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).with_context(|| format!("cannot lock {}", path.display()))
+            Flock::lock(file, FlockArg::LockExclusive)
+                .map_err(|(_, error)| error)
+                .with_context(|| format!("cannot lock {}", path.display()))
         }
         Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
@@ -75,7 +81,8 @@ pub(crate) fn write_if_changed(path: &Path, bytes: &[u8]) -> Result<()> {
     }
     let folder = path.parent().context("a file needs a folder")?;
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).with_context(|| format!("cannot write in {}", folder.display()))?;
+    let mut file = tempfile::NamedTempFile::new_in(folder)
+        .with_context(|| format!("cannot write in {}", folder.display()))?;
     std::io::Write::write_all(&mut file, bytes)?;
     file.as_file().sync_all()?;
     fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;

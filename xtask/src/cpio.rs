@@ -40,7 +40,8 @@ impl Archive {
     fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), contents: &[u8]) {
         let links = if mode & FOLDER != 0 { 2 } else { 1 };
         let size = u32::try_from(contents.len()).expect("a file of an initramfs is smaller than 4 GiB");
-        let fields = [self.inode, mode, 0, 0, links, 0, size, 0, 0, device.0, device.1, name.len() as u32 + 1, 0];
+        let fields =
+            [self.inode, mode, 0, 0, links, 0, size, 0, 0, device.0, device.1, name.len() as u32 + 1, 0];
         self.inode += 1;
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
@@ -70,7 +71,12 @@ mod tests {
         archive.file("init", 0o755, b"hello");
         let bytes = archive.finish();
         assert_eq!(bytes.len() % 4, 0);
-        let starts: Vec<usize> = bytes.windows(6).enumerate().filter(|(_, window)| window == b"070701").map(|(at, _)| at).collect();
+        let starts: Vec<usize> = bytes
+            .windows(6)
+            .enumerate()
+            .filter(|(_, window)| window == b"070701")
+            .map(|(at, _)| at)
+            .collect();
         assert_eq!(starts.len(), 4);
         assert!(starts.iter().all(|at| at % 4 == 0));
         assert_eq!(&bytes[starts[0] + 14..starts[0] + 22], b"000041ed");

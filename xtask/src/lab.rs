@@ -31,7 +31,12 @@ pub(crate) struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { memory: 4096, cpus: 2, emulate: std::env::var_os("CORACLE_LAB_EMULATE").is_some_and(|value| value == "true"), out: None }
+        Self {
+            memory: 4096,
+            cpus: 2,
+            emulate: std::env::var_os("CORACLE_LAB_EMULATE").is_some_and(|value| value == "true"),
+            out: None,
+        }
     }
 }
 

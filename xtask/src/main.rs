@@ -5,19 +5,29 @@
 
 mod cache;
 mod cpio;
+mod dist;
+mod guest;
+mod images;
+mod kernel;
 mod lab;
 mod packages;
 #[path = "../../vmm/src/probe.rs"]
 mod probe;
+mod progress;
 mod shell;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Builds, tests, demonstrates and measures Coracle", disable_help_subcommand = true)]
+#[command(
+    name = "cargo xtask",
+    about = "Builds, tests, demonstrates and measures Coracle",
+    disable_help_subcommand = true
+)]
 struct Arguments {
     #[command(subcommand)]
     task: Task,
@@ -25,6 +35,14 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Builds the guest's kernel, or finds it in the cache, and prints its path.
+    Kernel,
+    /// Builds everything for the virtual machine: kernel, agent, initramfs, the data disk's template.
+    Guest,
+    /// Makes the trial images, in target/images.
+    Images,
+    /// Builds the `coracle` binary with everything in it, in target/dist.
+    Dist,
     /// Runs a command on a machine with a usable KVM: this one, or else an emulated one with this one's files.
     Lab {
         #[command(flatten)]
@@ -50,16 +68,25 @@ fn main() -> ExitCode {
 
 fn run(task: Task) -> Result<ExitCode> {
     match task {
-        Task::Lab { probe: true, .. } => Ok(match probe::probe() {
-            Ok(()) => {
-                println!("KVM is usable here.");
-                ExitCode::SUCCESS
-            }
+        Task::Kernel => println!("{}", kernel::build()?.display()),
+        Task::Guest => {
+            guest::build()?;
+        }
+        Task::Images => println!("{}", images::build()?.display()),
+        Task::Dist => println!("{}", dist::build()?.display()),
+        Task::Lab { probe: true, .. } => match probe::probe() {
+            Ok(()) => println!("KVM is usable here."),
             Err(error) => {
                 println!("KVM is not usable here: {error}.");
-                ExitCode::FAILURE
+                return Ok(ExitCode::FAILURE);
             }
-        }),
-        Task::Lab { options, command, .. } => lab::run(&options, &command),
+        },
+        Task::Lab { options, command, .. } => return lab::run(&options, &command),
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The folder of the workspace.
+fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("this crate stands in a folder of the workspace")
 }

@@ -8,14 +8,25 @@ use anyhow::{Context, Result, bail};
 use crate::shell;
 
 /// What `cargo xtask kernel` needs.
-pub(crate) const KERNEL: &[&str] =
-    &["linux-source-6.12", "make", "gcc", "flex", "bison", "bc", "libelf-dev", "xz-utils", "binutils", "perl", "python3-minimal"];
+pub(crate) const KERNEL: &[&str] = &[
+    "linux-source-6.12",
+    "make",
+    "gcc",
+    "flex",
+    "bison",
+    "bc",
+    "libelf-dev",
+    "xz-utils",
+    "binutils",
+    "perl",
+    "python3-minimal",
+];
 /// What makes the data disk's template.
 pub(crate) const DISK: &[&str] = &["e2fsprogs", "zstd"];
 /// What the lab needs.
 pub(crate) const LAB: &[&str] = &["qemu-system-x86", "busybox-static", "cpio", "kmod", "util-linux"];
 /// What makes the trial images.
-pub(crate) const IMAGES: &[&str] = &["busybox-static", "umoci", "skopeo", "jq"];
+pub(crate) const IMAGES: &[&str] = &["busybox-static", "umoci", "skopeo"];
 /// The peers that benches compare with.
 pub(crate) const PEERS: &[&str] = &["crun", "runc", "qemu-system-x86"];
 /// What tests look into our files with.
@@ -31,8 +42,11 @@ pub(crate) fn ensure(wanted: &[&str]) -> Result<()> {
     eprintln!("installing Debian packages: {list}");
     if install(&missing).is_err() {
         // The package lists may be absent or older than the mirror.
-        shell::output(&mut privileged("apt-get", &["update"])?).context("cannot refresh the package lists")?;
-        install(&missing).with_context(|| format!("cannot install what is missing; try `apt-get install {list}` yourself"))?;
+        shell::output(&mut privileged("apt-get", &["update"])?)
+            .context("cannot refresh the package lists")?;
+        install(&missing).with_context(|| {
+            format!("cannot install what is missing; try `apt-get install {list}` yourself")
+        })?;
     }
     Ok(())
 }
@@ -50,7 +64,8 @@ fn missing<'a>(wanted: &[&'a str]) -> Result<Vec<&'a str>> {
         .output()
         .context("cannot start dpkg-query; this build tool knows Debian and its derivatives only")?;
     let known = String::from_utf8_lossy(&output.stdout).into_owned();
-    let is_installed = |name: &str| known.lines().any(|line| line.split_once(' ') == Some((name, "installed")));
+    let is_installed =
+        |name: &str| known.lines().any(|line| line.split_once(' ') == Some((name, "installed")));
     Ok(wanted.iter().copied().filter(|name| !is_installed(name)).collect())
 }
 

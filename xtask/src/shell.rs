@@ -31,7 +31,11 @@ pub(crate) fn describe(command: &Command) -> String {
 /// `text` as one word of a POSIX shell.
 pub(crate) fn quote(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
-    if !text.is_empty() && text.chars().all(plain) { text.to_owned() } else { format!("'{}'", text.replace('\'', "'\\''")) }
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', "'\\''"))
+    }
 }
 
 /// Runs the command with our own standard streams.
@@ -45,7 +49,10 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 
 /// Runs the command silently; what it wrote is shown only when it fails. Returns its standard output.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{}`", describe(command)))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot start `{}`", describe(command)))?;
     if !output.status.success() {
         let mut said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         if said.is_empty() {
@@ -106,7 +113,9 @@ mod tests {
     #[test]
     fn a_failure_shows_the_last_lines() {
         let mut seen = 0;
-        let error = lines(&mut command("sh", ["-c", "echo one; echo two >&2; exit 3"]), |_| seen += 1).unwrap_err().to_string();
+        let error = lines(&mut command("sh", ["-c", "echo one; echo two >&2; exit 3"]), |_| seen += 1)
+            .unwrap_err()
+            .to_string();
         assert_eq!(seen, 2);
         assert!(error.contains("exit status: 3") && error.contains("two"), "{error}");
     }

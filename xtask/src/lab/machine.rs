@@ -18,7 +18,8 @@ use super::{Options, system::System};
 use crate::shell;
 
 /// Variables that the command keeps, besides those that start with one of `KEPT_PREFIXES`.
-const KEPT: &[&str] = &["PATH", "HOME", "USER", "LOGNAME", "LANG", "TERM", "CI", "NO_COLOR", "COLUMNS", "BENCH_SAMPLES"];
+const KEPT: &[&str] =
+    &["PATH", "HOME", "USER", "LOGNAME", "LANG", "TERM", "CI", "NO_COLOR", "COLUMNS", "BENCH_SAMPLES"];
 const KEPT_PREFIXES: &[&str] = &["CORACLE_", "RUST_", "RUSTUP_", "CARGO_", "DOCKER_", "LC_"];
 /// Where the command finds the folder for what it makes.
 const OUT: &str = "/run/coracle-lab-out";
@@ -26,7 +27,10 @@ const OUT: &str = "/run/coracle-lab-out";
 /// Runs `arguments` in a new machine.
 pub(super) fn run(system: &System, options: &Options, arguments: &[String]) -> Result<ExitCode> {
     let signals = Signals::hold()?;
-    let job = tempfile::Builder::new().prefix("coracle-lab-").tempdir_in("/tmp").context("cannot make a folder for the job")?;
+    let job = tempfile::Builder::new()
+        .prefix("coracle-lab-")
+        .tempdir_in("/tmp")
+        .context("cannot make a folder for the job")?;
     let shared = job.path().join("job");
     fs::create_dir(&shared)?;
     fs::write(shared.join("job.sh"), script(arguments, options.out.is_some())?)?;
@@ -37,7 +41,12 @@ pub(super) fn run(system: &System, options: &Options, arguments: &[String]) -> R
         .collect::<io::Result<_>>()
         .context("cannot make the streams")?;
     let mut command = qemu(system, options, job.path())?;
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().context("cannot start QEMU")?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot start QEMU")?;
     let said = child.stderr.take().context("QEMU has no standard error")?;
 
     let (tell, events) = mpsc::channel();
@@ -124,7 +133,12 @@ fn wait(child: &mut Child, events: &mpsc::Receiver<Event>) -> Result<End> {
     Ok(end)
 }
 
-fn finish_early(mut child: Child, complaint: thread::JoinHandle<String>, end: End, job: &Path) -> Result<ExitCode> {
+fn finish_early(
+    mut child: Child,
+    complaint: thread::JoinHandle<String>,
+    end: End,
+    job: &Path,
+) -> Result<ExitCode> {
     let _ = child.kill();
     child.wait().context("cannot wait for QEMU")?;
     match end {
@@ -138,7 +152,9 @@ fn watch_process(id: u32, tell: mpsc::Sender<Event>) {
     use nix::sys::wait::{Id, WaitPidFlag, waitid};
     thread::spawn(move || {
         let process = nix::unistd::Pid::from_raw(id.cast_signed());
-        while waitid(Id::Pid(process), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) == Err(nix::Error::EINTR) {}
+        while waitid(Id::Pid(process), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) == Err(nix::Error::EINTR)
+        {
+        }
         let _ = tell.send(Event::Gone);
     });
 }
@@ -195,7 +211,19 @@ fn qemu(system: &System, options: &Options, job: &Path) -> Result<std::process::
     // setpriv makes QEMU die with us even when we are killed.
     let mut command = shell::command("setpriv", ["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
     command
-        .args(["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max,+svm,+npt", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+        .args([
+            "-accel",
+            "tcg,thread=multi",
+            "-M",
+            "q35",
+            "-cpu",
+            "max,+svm,+npt",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ])
         .args(["-smp", &options.cpus.to_string(), "-m", &options.memory.to_string()])
         .arg("-kernel")
         .arg(&system.kernel)
@@ -204,11 +232,17 @@ fn qemu(system: &System, options: &Options, job: &Path) -> Result<std::process::
         .args(["-append", "console=ttyS0 panic=-1 quiet loglevel=5 mitigations=off"])
         .args(["-serial", &format!("file:{}", path("console.log")?)])
         .args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
-        .args(["-virtfs", &format!("local,path=/,mount_tag=root,security_model={model},readonly=on,multidevs=remap")])
+        .args([
+            "-virtfs",
+            &format!("local,path=/,mount_tag=root,security_model={model},readonly=on,multidevs=remap"),
+        ])
         .args(["-virtfs", &format!("local,path={},mount_tag=job,security_model={model}", path("job")?)]);
     if let Some(out) = &options.out {
         let out = out.canonicalize().with_context(|| format!("cannot find {}", out.display()))?;
-        let out = out.to_str().filter(|text| !text.contains(',')).context("the path of --out must be UTF-8 and without a comma")?;
+        let out = out
+            .to_str()
+            .filter(|text| !text.contains(','))
+            .context("the path of --out must be UTF-8 and without a comma")?;
         command.args(["-virtfs", &format!("local,path={out},mount_tag=out,security_model={model}")]);
     }
     for name in ["stdin", "stdout", "stderr"] {
@@ -222,14 +256,18 @@ fn qemu(system: &System, options: &Options, job: &Path) -> Result<std::process::
 fn script(arguments: &[String], out: bool) -> Result<String> {
     let mut script = String::from("# The job, written by xtask.\n");
     for (name, value) in std::env::vars() {
-        let kept = KEPT.contains(&name.as_str()) || KEPT_PREFIXES.iter().any(|prefix| name.starts_with(prefix));
+        let kept =
+            KEPT.contains(&name.as_str()) || KEPT_PREFIXES.iter().any(|prefix| name.starts_with(prefix));
         if kept && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
             writeln!(script, "export {name}={}", shell::quote(&value))?;
         }
     }
     let _ = writeln!(script, "export CORACLE_LAB=1 CORACLE_LAB_OUT={OUT}; mkdir -p {OUT}");
     if out {
-        writeln!(script, "mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=none out {OUT} || exit 125")?;
+        writeln!(
+            script,
+            "mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=none out {OUT} || exit 125"
+        )?;
     }
     let folder = std::env::current_dir().context("cannot find the current folder")?;
     let folder = folder.to_str().context("the current folder's path is not UTF-8")?;

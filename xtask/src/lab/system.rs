@@ -13,8 +13,22 @@ const INIT: &str = include_str!("init.sh");
 
 /// Modules that the lab needs; what they depend on is added.
 const MODULES: &[&str] = &[
-    "crc32c_generic", "virtio_pci", "virtio_console", "virtio_rng", "9pnet_virtio", "9p", "overlay", "kvm_amd", "vhost_vsock", "vhost_net", "tun", "fuse",
-    "virtiofs", "erofs", "loop", "ext4",
+    "crc32c_generic",
+    "virtio_pci",
+    "virtio_console",
+    "virtio_rng",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "kvm_amd",
+    "vhost_vsock",
+    "vhost_net",
+    "tun",
+    "fuse",
+    "virtiofs",
+    "erofs",
+    "loop",
+    "ext4",
 ];
 
 /// The files that QEMU starts.
@@ -40,7 +54,8 @@ pub(super) fn get() -> Result<System> {
 fn make(folder: &Path, busybox: &[u8]) -> Result<()> {
     eprintln!("making the lab: fetching Debian's kernel");
     let work = tempfile::tempdir().context("cannot make a temporary folder")?;
-    let depends = shell::output(&mut shell::command("apt-cache", ["depends", "--important", "linux-image-amd64"]))?;
+    let depends =
+        shell::output(&mut shell::command("apt-cache", ["depends", "--important", "linux-image-amd64"]))?;
     let name = depends
         .lines()
         .filter_map(|line| line.trim().strip_prefix("Depends: "))
@@ -48,13 +63,19 @@ fn make(folder: &Path, busybox: &[u8]) -> Result<()> {
         .context("linux-image-amd64 depends on no kernel; try `apt-get update`")?;
     // As root, apt drops its privileges for the download where it can; the folder must then be open to it.
     fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    shell::output(shell::command("apt-get", ["-o", "APT::Sandbox::User=root", "download", name]).current_dir(work.path()))
-        .context("cannot fetch the lab's kernel")?;
-    let package = files(work.path(), &|name| name.ends_with(".deb"))?.pop().context("apt-get downloaded no package")?;
+    shell::output(
+        shell::command("apt-get", ["-o", "APT::Sandbox::User=root", "download", name])
+            .current_dir(work.path()),
+    )
+    .context("cannot fetch the lab's kernel")?;
+    let package =
+        files(work.path(), &|name| name.ends_with(".deb"))?.pop().context("apt-get downloaded no package")?;
     let tree = work.path().join("tree");
     shell::output(shell::command("dpkg-deb", ["-x"]).arg(&package).arg(&tree))?;
 
-    let kernel = files(&tree.join("boot"), &|name| name.starts_with("vmlinuz-"))?.pop().context("the package has no kernel")?;
+    let kernel = files(&tree.join("boot"), &|name| name.starts_with("vmlinuz-"))?
+        .pop()
+        .context("the package has no kernel")?;
     fs::copy(&kernel, folder.join("vmlinuz")).context("cannot copy the kernel")?;
     let initramfs = initramfs(&tree, busybox)?;
     fs::write(folder.join("initramfs.cpio"), initramfs).context("cannot write the initramfs")
