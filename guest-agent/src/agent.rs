@@ -1,0 +1,216 @@
+//! The agent itself: what the API's calls do. Starting goes through four stations: prepare (mounts, cgroup, files; blocking
+//! work off the event loop), clone (the fork server), set-up (the new process reports), supervise (a task per process).
+
+mod start;
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use coracle_agent_api::{AgentState, DiffId, ErrorKind, ExitStatus, ProcessId, Retain};
+use tokio::sync::watch;
+
+use crate::cgroup::Cgroups;
+use crate::clock;
+use crate::containers::{Containers, Holdings};
+use crate::error::{AtStep, Result, conflict, from_io};
+use crate::fork_server::ForkServer;
+use crate::layers::Layers;
+use crate::processes::{self, Process, Registry};
+use crate::reaper::Reaper;
+use crate::storage::{self, Storage};
+
+/// Where the agent keeps its things.
+#[derive(Debug, Clone)]
+pub(crate) struct Paths {
+    /// The data disk.
+    pub data: PathBuf,
+    /// Layers are mounted below this directory.
+    pub layers: PathBuf,
+    /// An empty directory.
+    pub mount_point: PathBuf,
+    /// The mounted cgroup2 file system.
+    pub cgroup: PathBuf,
+    /// Name of the group that holds all containers.
+    pub cgroup_name: String,
+}
+
+/// The agent.
+pub(crate) struct Agent {
+    fork_server: ForkServer,
+    processes: Registry,
+    containers: Containers,
+    layers: Arc<Layers>,
+    storage: Arc<Storage>,
+    cgroups: Arc<Cgroups>,
+    reaper: Reaper,
+    mount_point: String,
+    die_with_agent: bool,
+    shutdown: watch::Sender<bool>,
+}
+
+impl Agent {
+    /// Sets the agent up; `die_with_agent` where it is not PID 1.
+    pub(crate) fn new(
+        paths: &Paths,
+        fork_server: ForkServer,
+        die_with_agent: bool,
+    ) -> std::io::Result<Arc<Self>> {
+        std::fs::create_dir_all(&paths.layers)?;
+        std::fs::create_dir_all(&paths.mount_point)?;
+        let mount_point = paths.mount_point.to_str().ok_or(std::io::ErrorKind::InvalidInput)?.to_owned();
+        let reaper = Reaper::default();
+        reaper.is_awaited(fork_server.pid());
+        Ok(Arc::new(Self {
+            fork_server,
+            processes: Registry::default(),
+            containers: Containers::default(),
+            layers: Layers::new(paths.layers.clone()),
+            storage: Arc::new(Storage::new(&paths.data)?),
+            cgroups: Arc::new(Cgroups::new(&paths.cgroup, &paths.cgroup_name)?),
+            reaper,
+            mount_point,
+            die_with_agent,
+            shutdown: watch::Sender::new(false),
+        }))
+    }
+
+    /// `GET /v1/state`.
+    pub(crate) fn state(&self) -> AgentState {
+        let processes = self.processes.all().iter().map(|process| process.state()).collect();
+        AgentState { processes, layers: self.layers.list() }
+    }
+
+    /// A process that was started and not forgotten.
+    pub(crate) fn process(&self, id: &ProcessId) -> Result<Arc<Process>> {
+        self.processes.get(id)
+    }
+
+    /// Forgets an ended process.
+    pub(crate) fn forget(&self, id: &ProcessId) -> Result<()> {
+        self.processes.forget(id)
+    }
+
+    /// Unmounts a layer.
+    pub(crate) async fn release_layer(&self, id: DiffId) -> Result<()> {
+        let layers = self.layers.clone();
+        blocking(move || layers.release(&id)).await
+    }
+
+    /// Removes a stopped container's writable layer. The deletion of its files goes on after the answer.
+    pub(crate) async fn remove_container(self: &Arc<Self>, id: &ProcessId) -> Result<()> {
+        // Taken, so that no start comes in between. An ended process keeps the id taken by itself.
+        let _reservation = match self.processes.is_active(id) {
+            true => return Err(conflict(format!("container {} is running", id.short()))),
+            false => self.processes.reserve(id).ok(),
+        };
+        let (storage, owned) = (self.storage.clone(), id.clone());
+        let trash = blocking(move || {
+            storage.remove(&owned).at_kind(ErrorKind::Internal, "remove the writable layer")
+        })
+        .await?;
+        if let Some(trash) = trash {
+            let (agent, id) = (self.clone(), id.clone());
+            tokio::spawn(async move {
+                agent.containers.wait_gone(&id).await;
+                let _ = tokio::task::spawn_blocking(move || storage::delete(&trash)).await;
+            });
+        }
+        Ok(())
+    }
+
+    /// Removes the writable layers of all containers that are neither named nor running.
+    pub(crate) async fn retain(self: &Arc<Self>, retain: &Retain) -> Result<()> {
+        let storage = self.storage.clone();
+        let known =
+            blocking(move || storage.list().at_kind(ErrorKind::Internal, "list the writable layers")).await?;
+        let keep: std::collections::HashSet<_> = retain.containers.iter().collect();
+        for id in known.iter().filter(|id| !keep.contains(id) && !self.processes.is_active(id)) {
+            self.remove_container(id).await?;
+        }
+        Ok(())
+    }
+
+    /// Asks for the end; [`Agent::stop`] follows.
+    pub(crate) fn request_shutdown(&self) {
+        self.shutdown.send_replace(true);
+    }
+
+    /// Waits until someone asked for the end.
+    pub(crate) async fn shutdown_requested(&self) {
+        let _ = self.shutdown.subscribe().wait_for(|asked| *asked).await;
+    }
+
+    /// Reaps orphans.
+    pub(crate) fn reap(&self) {
+        self.reaper.reap();
+    }
+
+    /// Kills every container, and waits until nothing of them is left.
+    pub(crate) async fn stop(&self) {
+        for process in self.processes.all() {
+            if !process.has_ended() {
+                let _ = crate::sys::pidfd_send_signal(process.pidfd.get_ref().as_fd(), libc::SIGKILL as u8);
+            }
+        }
+        for id in self.containers.ids() {
+            self.containers.wait_gone(&id).await;
+        }
+    }
+
+    /// The group of all containers, to be removed at the very end.
+    pub(crate) fn cgroups(self: Arc<Self>) -> Option<Cgroups> {
+        let cgroups = self.cgroups.clone();
+        drop(self);
+        Arc::into_inner(cgroups)
+    }
+
+    /// Waits for a process's end, and undoes what was done for it.
+    fn supervise(
+        self: &Arc<Self>,
+        process: Arc<Process>,
+        cgroup: Arc<crate::cgroup::Cgroup>,
+        holdings: Option<Holdings>,
+    ) {
+        let agent = self.clone();
+        let oom_kills_before = if holdings.is_some() { 0 } else { cgroup.oom_kills() };
+        tokio::spawn(async move {
+            let code = processes::wait(&process.pidfd).await.unwrap_or_else(|error| {
+                tracing::error!(process = process.id.short(), "waiting for it failed: {error}");
+                255
+            });
+            agent.reaper.was_reaped(process.pid);
+            let status = ExitStatus {
+                code,
+                oom_killed: cgroup.oom_kills() > oom_kills_before,
+                finished_unix_nanos: clock::unix_nanos(),
+            };
+            tracing::info!(process = process.id.short(), code, "ended");
+            if holdings.is_some() {
+                agent.containers.ended(&process.id);
+            }
+            process.spool.push_exit(&status);
+            process.exit.send_replace(Some(status));
+            if let Some(stdin) = &process.stdin {
+                stdin.close().await;
+            }
+            if let Some(holdings) = holdings {
+                agent.give_back(process.id.clone(), holdings).await;
+            }
+        });
+    }
+
+    async fn give_back(&self, id: ProcessId, holdings: Holdings) {
+        let owned = id.clone();
+        let _ = tokio::task::spawn_blocking(move || holdings.give_back(&owned)).await;
+        self.containers.gone(&id);
+    }
+}
+
+/// Runs what blocks on a thread for it.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(from_io(ErrorKind::Internal, "run a blocking task", &std::io::Error::other(error))),
+    }
+}

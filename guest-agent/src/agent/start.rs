@@ -1,0 +1,323 @@
+//! Starting a process: a container's first one, or one that joins.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use coracle_agent_api::frame::Kind;
+use coracle_agent_api::{
+    ApiError, ContainerSpec, ErrorKind, ExecSpec, ProcessId, ProcessSpec, StartPhase, Started,
+};
+use rustix::pipe::{PipeFlags, pipe_with};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+use super::{Agent, blocking};
+use crate::cgroup::Cgroup;
+use crate::containers::{Container, Holdings};
+use crate::error::{AtStep, Result, conflict, not_found};
+use crate::fork_server::{NewContainer, Place, Report, Task, TaskFds};
+use crate::processes::spool::Spool;
+use crate::processes::{self, Process, Stdin, read_pipe, read_terminal, watch_fd};
+use crate::{check, clock, packet, sys};
+
+/// What was prepared for a new container.
+struct Prepared {
+    holdings: Holdings,
+    files: Vec<String>,
+}
+
+/// The agent's ends of a process's standard streams.
+enum Ours {
+    Pipes { stdin: Option<OwnedFd>, stdout: OwnedFd, stderr: OwnedFd },
+    Terminal,
+}
+
+/// What a new process's set-up came to.
+struct SetUp {
+    terminal: Option<(OwnedFd, OwnedFd)>,
+    moments: Vec<(String, u64)>,
+}
+
+impl Agent {
+    /// Starts a container. `since` is when the request was read, on the monotonic clock.
+    pub(crate) async fn start_container(
+        self: &Arc<Self>,
+        id: ProcessId,
+        spec: ContainerSpec,
+        since: u64,
+    ) -> Result<Started> {
+        check::container(&spec)?;
+        let reservation = self.processes.reserve(&id)?;
+        self.containers.wait_gone(&id).await;
+        self.containers.begin(&id);
+        let result = self.start_reserved(&id, spec, since).await;
+        match result {
+            Ok((process, started)) => {
+                reservation.fill(process);
+                Ok(started)
+            }
+            // Whatever failed has given back what it held, and told so by `gone`.
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn start_reserved(
+        self: &Arc<Self>,
+        id: &ProcessId,
+        spec: ContainerSpec,
+        since: u64,
+    ) -> Result<(Arc<Process>, Started)> {
+        let mut phases = Phases { since, phases: Vec::new() };
+        let (agent, owned) = (self.clone(), id.clone());
+        let prepared = blocking(move || agent.prepare(&owned, &spec).map(|prepared| (prepared, spec))).await;
+        let (Prepared { holdings, files }, spec) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                self.containers.gone(id);
+                return Err(error);
+            }
+        };
+        phases.mark("prepared");
+        let process = spec.process.clone();
+        let new = NewContainer { spec, mount_point: self.mount_point.clone(), files };
+        let task = Task {
+            place: Place::New(Box::new(new)),
+            process,
+            all_capabilities: false,
+            die_with_agent: self.die_with_agent,
+        };
+        let place = holdings.root.as_fd();
+        match self.launch(id, id, &task, &holdings.cgroup, place, &mut phases).await {
+            Ok((process, started)) => {
+                let pidfd = process.pidfd.clone();
+                let cgroup = holdings.cgroup.clone();
+                self.containers.runs(Arc::new(Container { id: id.clone(), cgroup: cgroup.clone(), pidfd }));
+                self.supervise(process.clone(), cgroup, Some(holdings));
+                Ok((process, started))
+            }
+            Err(error) => {
+                self.give_back(id.clone(), holdings).await;
+                Err(error)
+            }
+        }
+    }
+
+    fn prepare(&self, id: &ProcessId, spec: &ContainerSpec) -> Result<Prepared> {
+        let layers = self.layers.hold(&spec.layers)?;
+        let root = self.storage.mount_root(id, &layers.lower_directories())?;
+        let files = self.storage.write_files(id, &spec.files)?;
+        let cgroup = Arc::new(self.cgroups.create(id, &spec.resources)?);
+        Ok(Prepared { holdings: Holdings { cgroup, root, layers }, files })
+    }
+
+    /// Starts a process in a running container.
+    pub(crate) async fn start_exec(
+        self: &Arc<Self>,
+        id: ProcessId,
+        spec: ExecSpec,
+        since: u64,
+    ) -> Result<Started> {
+        check::process(&spec.process)?;
+        let Some(container) = self.containers.running(&spec.container) else {
+            let short = spec.container.short();
+            return Err(match self.processes.get(&spec.container) {
+                Ok(_) => conflict(format!("container {short} is not running")),
+                Err(error) if error.kind == ErrorKind::Conflict => error,
+                Err(_) => not_found(format!("there is no container {short}")),
+            });
+        };
+        let reservation = self.processes.reserve(&id)?;
+        let mut phases = Phases { since, phases: Vec::new() };
+        let task = Task {
+            place: Place::Joined,
+            process: spec.process,
+            all_capabilities: spec.privileged,
+            die_with_agent: self.die_with_agent,
+        };
+        let place = container.pidfd.get_ref().as_fd();
+        let launched = self.launch(&id, &container.id, &task, &container.cgroup, place, &mut phases).await;
+        let (process, started) = launched.map_err(|error| match self.containers.running(&container.id) {
+            Some(_) => error,
+            // It ended meanwhile: that is the reason, whatever the symptom.
+            None => conflict(format!("container {} is not running", container.id.short())),
+        })?;
+        self.supervise(process.clone(), container.cgroup.clone(), None);
+        reservation.fill(process);
+        Ok(started)
+    }
+
+    /// Clones, waits until the program runs, and ties its streams to the event loop.
+    async fn launch(
+        self: &Arc<Self>,
+        id: &ProcessId,
+        container: &ProcessId,
+        task: &Task,
+        cgroup: &Cgroup,
+        place: std::os::fd::BorrowedFd<'_>,
+        phases: &mut Phases,
+    ) -> Result<(Arc<Process>, Started)> {
+        let (ours, theirs) = streams(&task.process).at("make the standard streams")?;
+        let (report, child_report) = packet::pair().at("make the report socket")?;
+        let report = watch_fd(report, "the report socket")?;
+        let cloned = {
+            let _starting = self.reaper.starting();
+            let stdio = theirs
+                .as_ref()
+                .map(|[stdin, stdout, stderr]| [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
+            let fds = TaskFds { report: child_report.as_fd(), cgroup: cgroup.as_fd(), place, stdio };
+            let cloned = self.fork_server.spawn(task, fds).await?;
+            self.reaper.is_awaited(cloned.pid);
+            cloned
+        };
+        drop((theirs, child_report));
+        phases.mark("clone");
+        let pidfd = Arc::new(watch_fd(cloned.pidfd, "the process")?);
+        let set_up = match follow(&report).await {
+            Ok(set_up) => set_up,
+            Err(error) => {
+                // It ends by itself after it has reported; if it did not report, it is gone already.
+                let _ = processes::wait(&pidfd).await;
+                self.reaper.was_reaped(cloned.pid);
+                return Err(error);
+            }
+        };
+        let started_unix_nanos = clock::unix_nanos();
+        phases.merge(&set_up.moments);
+        phases.mark("exec");
+        let started =
+            Started { pid: cloned.pid, started_unix_nanos, phases: std::mem::take(&mut phases.phases) };
+        let attached = attach(id, container, &task.process, ours, set_up.terminal, &started, pidfd.clone());
+        let process = match attached {
+            Ok(process) => process,
+            Err(error) => {
+                let _ = sys::pidfd_send_signal(pidfd.get_ref().as_fd(), libc::SIGKILL as u8);
+                let _ = processes::wait(&pidfd).await;
+                self.reaper.was_reaped(cloned.pid);
+                return Err(error);
+            }
+        };
+        tracing::info!(process = id.short(), container = container.short(), pid = cloned.pid, "started");
+        Ok((process, started))
+    }
+}
+
+/// Makes a process's standard streams: the agent's ends and the process's. With a terminal it makes them itself.
+fn streams(process: &ProcessSpec) -> std::io::Result<(Ours, Option<[OwnedFd; 3]>)> {
+    if process.tty {
+        return Ok((Ours::Terminal, None));
+    }
+    let (stdin, their_stdin) = match process.stdin {
+        true => {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+            (Some(write), read)
+        }
+        false => (None, std::fs::File::open("/dev/null")?.into()),
+    };
+    let (stdout, their_stdout) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (stderr, their_stderr) = pipe_with(PipeFlags::CLOEXEC)?;
+    Ok((Ours::Pipes { stdin, stdout, stderr }, Some([their_stdin, their_stdout, their_stderr])))
+}
+
+/// Hears the new process until its program runs.
+async fn follow(report: &AsyncFd<OwnedFd>) -> Result<SetUp> {
+    let mut set_up = SetUp { terminal: None, moments: Vec::new() };
+    let mut executing = false;
+    loop {
+        let (bytes, fds) = report
+            .async_io(Interest::READABLE, packet::receive)
+            .await
+            .at_kind(ErrorKind::Internal, "hear the new process")?;
+        if bytes.is_empty() {
+            return match executing {
+                true => Ok(set_up),
+                false => Err(ApiError::new(
+                    ErrorKind::StartFailed,
+                    "the container's process was killed while it was set up",
+                )),
+            };
+        }
+        let message = serde_json::from_slice(&bytes)
+            .map_err(|error| ApiError::new(ErrorKind::Internal, format!("a malformed report: {error}")))?;
+        match message {
+            Report::Terminal => {
+                let mut fds = fds.into_iter();
+                set_up.terminal = fds.next().zip(fds.next());
+            }
+            Report::Executing { moments } => {
+                executing = true;
+                set_up.moments = moments;
+            }
+            Report::Failed(error) => return Err(error),
+        }
+    }
+}
+
+/// Makes the record of a process whose program runs, and starts reading what it writes.
+fn attach(
+    id: &ProcessId,
+    container: &ProcessId,
+    spec: &ProcessSpec,
+    ours: Ours,
+    terminal: Option<(OwnedFd, OwnedFd)>,
+    started: &Started,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+) -> Result<Arc<Process>> {
+    let mut process = Process {
+        id: id.clone(),
+        container: container.clone(),
+        pid: started.pid,
+        started_unix_nanos: started.started_unix_nanos,
+        spool: Spool::new(if spec.tty { 1 } else { 2 }),
+        stdin: None,
+        terminal: None,
+        pidfd,
+        exit: watch::Sender::new(None),
+    };
+    match ours {
+        Ours::Terminal => {
+            let (outer, inner) = terminal
+                .ok_or_else(|| ApiError::new(ErrorKind::Internal, "the new process made no terminal"))?;
+            let outer = Arc::new(watch_fd(outer, "the terminal")?);
+            process.stdin = spec.stdin.then(|| Stdin::terminal(outer.clone()));
+            process.terminal = Some(outer);
+            let process = Arc::new(process);
+            tokio::spawn(read_terminal(process.clone(), inner));
+            Ok(process)
+        }
+        Ours::Pipes { stdin, stdout, stderr } => {
+            if let Some(stdin) = stdin {
+                process.stdin = Some(Stdin::pipe(watch_fd(stdin, "standard input")?));
+            }
+            let stdout = watch_fd(stdout, "standard output")?;
+            let stderr = watch_fd(stderr, "standard error")?;
+            let process = Arc::new(process);
+            tokio::spawn(read_pipe(process.clone(), stdout, Kind::Stdout));
+            tokio::spawn(read_pipe(process.clone(), stderr, Kind::Stderr));
+            Ok(process)
+        }
+    }
+}
+
+/// When which part of a start was finished.
+struct Phases {
+    since: u64,
+    phases: Vec<StartPhase>,
+}
+
+impl Phases {
+    fn mark(&mut self, name: &str) {
+        self.add(name, clock::monotonic_nanos());
+    }
+
+    fn merge(&mut self, moments: &[(String, u64)]) {
+        for (name, nanos) in moments {
+            self.add(name, *nanos);
+        }
+    }
+
+    fn add(&mut self, name: &str, nanos: u64) {
+        let micros = nanos.saturating_sub(self.since) / 1000;
+        self.phases.push(StartPhase { name: name.to_owned(), micros });
+    }
+}

@@ -1,0 +1,211 @@
+//! cgroup v2: one group per container below one parent. A limit whose controller is missing is refused by name; killing and
+//! waiting for emptiness work without any controller.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use coracle_agent_api::{ApiError, ErrorKind, ProcessId, Resources};
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{CWD, Mode, OFlags};
+
+use crate::error::{AtStep, Result, invalid};
+
+const WANTED: [&str; 5] = ["cpu", "memory", "pids", "io", "cpuset"];
+
+/// The parent of all containers' groups.
+pub(crate) struct Cgroups {
+    directory: PathBuf,
+    controllers: HashSet<String>,
+}
+
+impl Cgroups {
+    /// Makes the parent group and hands it every controller there is.
+    pub(crate) fn new(mount: &Path, name: &str) -> io::Result<Self> {
+        let directory = mount.join(name);
+        enable(mount)?;
+        match std::fs::create_dir(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        enable(&directory)?;
+        let text = std::fs::read_to_string(directory.join("cgroup.subtree_control"))?;
+        let controllers = text.split_whitespace().map(str::to_owned).collect();
+        Ok(Self { directory, controllers })
+    }
+
+    /// Makes a container's group with its limits.
+    pub(crate) fn create(&self, id: &ProcessId, resources: &Resources) -> Result<Cgroup> {
+        let files = self.files(resources)?;
+        let path = self.directory.join(id.as_str());
+        match std::fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error).at("make the cgroup");
+            }
+            _ => {}
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::openat(CWD, &path, flags, Mode::empty()).at("open the cgroup")?;
+        let group = Cgroup { path, directory };
+        for (file, value) in files {
+            let file_path = group.path.join(file);
+            if file == "memory.swap.max" && !file_path.exists() {
+                // The kernel has no swap at all, so that every limit of it is kept.
+                continue;
+            }
+            if let Err(error) = std::fs::write(file_path, &value) {
+                let _ = std::fs::remove_dir(&group.path);
+                return Err(error).at(format!("write `{value}` to {file}"));
+            }
+        }
+        Ok(group)
+    }
+
+    fn files(&self, resources: &Resources) -> Result<Vec<(&'static str, String)>> {
+        let mut files = Vec::new();
+        let mut limit = |controller: &str, file, value: Option<String>| -> Result<(), ApiError> {
+            let Some(value) = value else { return Ok(()) };
+            if !self.controllers.contains(controller) {
+                let message =
+                    format!("{file} cannot be set: there is no cgroup controller `{controller}` here");
+                return Err(ApiError::new(ErrorKind::Unsupported, message));
+            }
+            files.push((file, value));
+            Ok(())
+        };
+        limit("memory", "memory.max", resources.memory.map(|bytes| bytes.to_string()))?;
+        limit("memory", "memory.low", resources.memory_reservation.map(|bytes| bytes.to_string()))?;
+        limit("memory", "memory.swap.max", resources.memory_swap.map(|bytes| bytes.to_string()))?;
+        limit("cpu", "cpu.max", cpu_max(resources)?)?;
+        limit(
+            "cpu",
+            "cpu.weight",
+            resources.cpu_shares.map(cpu_weight).transpose()?.map(|weight| weight.to_string()),
+        )?;
+        limit("cpuset", "cpuset.cpus", resources.cpuset_cpus.clone())?;
+        limit("pids", "pids.max", resources.pids.map(|pids| pids.to_string()))?;
+        Ok(files)
+    }
+
+    /// Kills everything in all groups, and removes them with the parent. Blocks until all are empty.
+    pub(crate) fn remove(self) {
+        let _ = std::fs::write(self.directory.join("cgroup.kill"), "1");
+        if let Err(error) = wait_until_empty(&self.directory) {
+            tracing::warn!("the containers' cgroup does not become empty: {error}");
+        }
+        for entry in std::fs::read_dir(&self.directory).into_iter().flatten().flatten() {
+            let _ = std::fs::remove_dir(entry.path());
+        }
+        let _ = std::fs::remove_dir(&self.directory);
+    }
+}
+
+fn cpu_max(resources: &Resources) -> Result<Option<String>> {
+    const PERIODS: std::ops::RangeInclusive<u64> = 1_000..=1_000_000;
+    let period = resources.cpu_period.unwrap_or(100_000);
+    if !PERIODS.contains(&period) {
+        return Err(invalid(format!("a CPU period of {period} µs is not between 1000 and 1000000")));
+    }
+    Ok(match (resources.cpu_quota, resources.cpu_period) {
+        (None, None) => None,
+        (None, Some(_)) => Some(format!("max {period}")),
+        (Some(quota), _) if quota < 1_000 => {
+            return Err(invalid(format!("a CPU quota of {quota} µs is less than 1000")));
+        }
+        (Some(quota), _) => Some(format!("{quota} {period}")),
+    })
+}
+
+/// Docker's shares as a weight, as the OCI runtimes convert them.
+fn cpu_weight(shares: u64) -> Result<u64> {
+    match shares {
+        2..=262_144 => Ok(1 + (shares - 2) * 9999 / 262_142),
+        _ => Err(invalid(format!("{shares} CPU shares are not between 2 and 262144"))),
+    }
+}
+
+/// Hands what controllers there are to the groups below; one that cannot be had is not an error until it is asked for.
+pub(crate) fn enable(directory: &Path) -> io::Result<()> {
+    let available = std::fs::read_to_string(directory.join("cgroup.controllers"))?;
+    for controller in available.split_whitespace().filter(|name| WANTED.contains(name)) {
+        if let Err(error) = std::fs::write(directory.join("cgroup.subtree_control"), format!("+{controller}"))
+        {
+            tracing::debug!("the cgroup controller {controller} cannot be used: {error}");
+        }
+    }
+    Ok(())
+}
+
+/// A container's group.
+pub(crate) struct Cgroup {
+    path: PathBuf,
+    directory: OwnedFd,
+}
+
+impl Cgroup {
+    /// The directory, for CLONE_INTO_CGROUP.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+
+    /// How often the kernel killed a process in it for want of memory.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        let Ok(text) = std::fs::read_to_string(self.path.join("memory.events")) else { return 0 };
+        let value = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+    }
+
+    /// Kills what is left in it, waits until it is empty, and removes it. Blocks.
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        match std::fs::remove_dir(&self.path) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            result => return result,
+        }
+        std::fs::write(self.path.join("cgroup.kill"), "1")?;
+        wait_until_empty(&self.path)?;
+        std::fs::remove_dir(&self.path)
+    }
+}
+
+/// Waits for the kernel's notification that no process is left.
+fn wait_until_empty(group: &Path) -> io::Result<()> {
+    use std::io::{Read, Seek};
+    let mut events = std::fs::File::open(group.join("cgroup.events"))?;
+    loop {
+        let mut text = String::new();
+        events.rewind()?;
+        events.read_to_string(&mut text)?;
+        if text.lines().any(|line| line == "populated 0") {
+            return Ok(());
+        }
+        let mut fds = [PollFd::new(&events, PollFlags::PRI)];
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_become_weights_as_oci_runtimes_convert_them() {
+        for (shares, weight) in [(2, 1), (1024, 39), (262_144, 10_000)] {
+            assert_eq!(cpu_weight(shares).unwrap(), weight);
+        }
+        assert!(cpu_weight(1).is_err());
+    }
+
+    #[test]
+    fn a_limit_without_its_controller_is_refused_by_name() {
+        let cgroups = Cgroups { directory: PathBuf::new(), controllers: HashSet::from(["pids".to_owned()]) };
+        let error = cgroups.files(&Resources { memory: Some(1), ..Resources::default() }).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Unsupported);
+        assert!(error.message.contains("`memory`"), "{}", error.message);
+        let files = cgroups.files(&Resources { pids: Some(9), ..Resources::default() }).unwrap();
+        assert_eq!(files, [("pids.max", "9".to_owned())]);
+    }
+}

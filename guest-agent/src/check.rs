@@ -1,0 +1,68 @@
+//! Checks requests before anything is done for them: what is out of range is refused by name.
+
+use coracle_agent_api::{ContainerSpec, ProcessSpec};
+
+use crate::child;
+use crate::error::{Result, invalid};
+use crate::layers;
+
+/// The kernel's limit for host and domain names.
+const MAX_NAME: usize = 64;
+
+/// Checks a container.
+pub(crate) fn container(spec: &ContainerSpec) -> Result<()> {
+    layers::check(&spec.layers)?;
+    process(&spec.process)?;
+    for (what, name) in [("host", &spec.hostname), ("domain", &spec.domainname)] {
+        if name.len() > MAX_NAME || name.contains('\0') {
+            return Err(invalid(format!("the {what} name `{name}` is longer than {MAX_NAME} bytes")));
+        }
+    }
+    for mount in &spec.tmpfs {
+        absolute("tmpfs", &mount.path)?;
+        child::TmpfsOptions::parse(&mount.options)?;
+    }
+    let files = spec.files.iter().map(|file| ("file", &file.path));
+    let masked = spec.masked_paths.iter().map(|path| ("masked path", path));
+    let readonly = spec.readonly_paths.iter().map(|path| ("read-only path", path));
+    for (what, path) in files.chain(masked).chain(readonly) {
+        absolute(what, path)?;
+    }
+    if spec.resources.cpuset_cpus.as_ref().is_some_and(|list| list.contains(|c: char| c.is_control())) {
+        return Err(invalid("the list of CPUs has a control character in it"));
+    }
+    Ok(())
+}
+
+/// Checks a process.
+pub(crate) fn process(spec: &ProcessSpec) -> Result<()> {
+    if spec.args.is_empty() {
+        return Err(invalid("there is no command to run"));
+    }
+    if spec.args.iter().chain(&spec.env).any(|text| text.contains('\0')) {
+        return Err(invalid("an argument or an environment variable has a zero byte in it"));
+    }
+    if !spec.cwd.starts_with('/') || spec.cwd.contains('\0') {
+        let message =
+            format!("the working directory '{}' is invalid, it needs to be an absolute path", spec.cwd);
+        return Err(invalid(message));
+    }
+    child::parse_capabilities(&spec.capabilities)?;
+    for limit in &spec.rlimits {
+        if child::resource_of(&limit.name).is_none() {
+            return Err(invalid(format!("unknown resource limit `{}`", limit.name)));
+        }
+        if limit.soft > limit.hard {
+            return Err(invalid(format!("the soft limit of `{}` is above its hard limit", limit.name)));
+        }
+    }
+    if spec.oom_score_adj.is_some_and(|score| !(-1000..=1000).contains(&score)) {
+        return Err(invalid("oom_score_adj must be between -1000 and 1000"));
+    }
+    Ok(())
+}
+
+fn absolute(what: &str, path: &str) -> Result<()> {
+    let plain = path.starts_with('/') && !path.contains('\0') && path.trim_matches('/') != "";
+    if plain { Ok(()) } else { Err(invalid(format!("the {what} `{path}` is not an absolute path below /"))) }
+}

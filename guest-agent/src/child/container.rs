@@ -1,0 +1,190 @@
+//! Sets a new container up from inside its namespaces: names, loopback, the root file system with what Docker mounts in
+//! it, hidden and read-only paths; then makes it the root and drops the agent's mounts.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use coracle_agent_api::{ApiError, ContainerSpec, ErrorKind};
+use rustix::fs::{FileType, Mode};
+use rustix::mount::{MountAttrFlags, UnmountFlags};
+use rustix::thread::UnshareFlags;
+
+use super::root_dir::{self, Kind, RootDir};
+use super::{Root, devices, tmpfs::TmpfsOptions};
+use crate::error::{AtStep, Result};
+use crate::fork_server::NewContainer;
+use crate::{mounts, sys};
+
+const NOSUID: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID;
+const NODEV: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV;
+const NOEXEC: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOEXEC;
+const RDONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY;
+
+/// Prepares everything; the calling process still sees the agent's file system afterwards.
+pub(super) fn set_up(new: &NewContainer, root: OwnedFd, tty: bool) -> Result<Root> {
+    let spec = &new.spec;
+    rustix::process::umask(Mode::empty());
+    // Now, because the root of a cgroup namespace is the cgroup its maker is in.
+    sys::unshare(UnshareFlags::NEWCGROUP).at("make a cgroup namespace")?;
+    names_and_network(spec)?;
+
+    let mount_point = root_dir::open_directory(&new.mount_point).at("open the mount point")?;
+    mounts::attach(&root, &mount_point).at("attach the root file system")?;
+    let root = RootDir::new(root);
+
+    mount_fixed(&root, "/proc", "proc", &[], NOSUID | NODEV | NOEXEC)?;
+    let devpts = devices::mount(&root, spec.shm_size)?;
+    mount_fixed(&root, "/sys", "sysfs", &[], NOSUID | NODEV | NOEXEC | RDONLY)?;
+    mount_fixed(&root, "/sys/fs/cgroup", "cgroup2", &[], NOSUID | NODEV | NOEXEC | RDONLY)?;
+    tmpfs_mounts(&root, spec)?;
+    for (file, source) in spec.files.iter().zip(&new.files) {
+        let step = || format!("mount {}", file.path);
+        let target = root.find_or_make(&file.path, Kind::File).at(step())?;
+        if is_directory(&target).at(step())? {
+            return Err(ApiError::new(
+                ErrorKind::StartFailed,
+                format!("mount {}: it is a directory in the image", file.path),
+            ));
+        }
+        mounts::attach(mounts::bind_path(source).at(step())?, target).at(step())?;
+    }
+    if tty {
+        devices::console_file(&root)?;
+    }
+    // While it can still be made. What is wrong with it is found out, and said, when it is entered.
+    let _ = root.find_or_make(&spec.process.cwd, Kind::Directory);
+    hide(&root, &spec.masked_paths)?;
+    for path in &spec.readonly_paths {
+        make_readonly(&root, path)?;
+    }
+    if spec.readonly_rootfs {
+        sys::mount_setattr(root.as_fd(), false, libc::MOUNT_ATTR_RDONLY, 0).at("make the root read-only")?;
+    }
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    Ok(Root { dir: root, devpts: Some(devpts) })
+}
+
+/// Makes the container's root the process's root, and lets go of everything else.
+pub(super) fn enter(root: &RootDir) -> Result<()> {
+    rustix::process::fchdir(root.as_fd()).at("enter the root file system")?;
+    rustix::process::pivot_root(".", ".").at("pivot_root")?;
+    // The old root now lies on top of the new one, and "." is the old one.
+    rustix::mount::unmount(".", UnmountFlags::DETACH).at("unmount the old root")?;
+    rustix::process::chdir("/").at("enter the new root")?;
+    Ok(())
+}
+
+fn names_and_network(spec: &ContainerSpec) -> Result<()> {
+    rustix::system::sethostname(spec.hostname.as_bytes()).at("set the host name")?;
+    if !spec.domainname.is_empty() {
+        rustix::system::setdomainname(spec.domainname.as_bytes()).at("set the domain name")?;
+    }
+    sys::loopback_up().at("bring the loopback interface up")?;
+    // As Docker: ping without a raw socket, and low ports for every user.
+    for (name, value) in [("ping_group_range", "0 2147483647"), ("ip_unprivileged_port_start", "0")] {
+        std::fs::write(format!("/proc/sys/net/ipv4/{name}"), value).at(format!("set net.ipv4.{name}"))?;
+    }
+    Ok(())
+}
+
+/// Mounts at a place that must be an ordinary directory: an image must not lead these anywhere else.
+pub(super) fn mount_fixed(
+    root: &RootDir,
+    path: &str,
+    kind: &str,
+    options: &[(&str, &str)],
+    attributes: MountAttrFlags,
+) -> Result<OwnedFd> {
+    let step = || format!("mount {kind} at {path}");
+    let target = fixed_directory(root, path).at(step())?;
+    let mount = mounts::new(kind, options, attributes).at(step())?;
+    mounts::attach(&mount, target).at(step())?;
+    Ok(mount)
+}
+
+fn fixed_directory(root: &RootDir, path: &str) -> io::Result<OwnedFd> {
+    let found = match root.find_without_links(path) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+            let path = Path::new(path);
+            let parent = root.find_without_links(path.parent().unwrap_or(Path::new("/")))?;
+            let name = path.file_name().unwrap_or_default();
+            root_dir::make(parent.as_fd(), Path::new(name), Kind::Directory)?;
+            root.find_without_links(path)?
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
+            return Err(io::Error::other("it is a symbolic link in the image, where a directory must be"));
+        }
+        found => found?,
+    };
+    match is_directory(&found)? {
+        true => Ok(found),
+        false => Err(io::Error::from_raw_os_error(libc::ENOTDIR)),
+    }
+}
+
+fn tmpfs_mounts(root: &RootDir, spec: &ContainerSpec) -> Result<()> {
+    let mut wanted: Vec<_> = spec.tmpfs.iter().collect();
+    // What lies deeper is mounted later.
+    wanted.sort_by_key(|mount| Path::new(&mount.path).components().count());
+    for mount in wanted {
+        let step = || format!("mount tmpfs at {}", mount.path);
+        let mut options = TmpfsOptions::parse(&mount.options)?;
+        let existing = match root.find(&mount.path) {
+            Ok(existing) => Some(existing),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
+            Err(error) => return Err(error).at(step()),
+        };
+        if let Some(existing) = existing {
+            let mode = rustix::fs::fstat(existing).at(step())?.st_mode & 0o7777;
+            options.default_mode(mode);
+        }
+        let target = root.find_or_make(&mount.path, Kind::Directory).at(step())?;
+        let made = mounts::new("tmpfs", &options.parameters(), options.attributes()).at(step())?;
+        mounts::attach(made, target).at(step())?;
+    }
+    Ok(())
+}
+
+fn hide(root: &RootDir, paths: &[String]) -> Result<()> {
+    let mut empty: Option<OwnedFd> = None;
+    for path in paths {
+        let step = || format!("hide {path}");
+        let Some(target) = existing(root, path).at(step())? else { continue };
+        if !is_directory(&target).at(step())? {
+            mounts::attach(mounts::bind_path("/dev/null").at(step())?, target).at(step())?;
+            continue;
+        }
+        // One empty directory serves all; the first one is attached, the others are bind mounts of it.
+        match &empty {
+            Some(empty) => mounts::attach(mounts::bind(empty).at(step())?, target).at(step())?,
+            None => {
+                let attributes = RDONLY | NOSUID | NODEV | NOEXEC;
+                let made = mounts::new("tmpfs", &[("size", "4096")], attributes).at(step())?;
+                mounts::attach(&made, target).at(step())?;
+                empty = Some(made);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn make_readonly(root: &RootDir, path: &str) -> Result<()> {
+    let step = || format!("make {path} read-only");
+    let Some(target) = existing(root, path).at(step())? else { return Ok(()) };
+    let tree = mounts::bind_tree(&target).at(step())?;
+    sys::mount_setattr(&tree, true, libc::MOUNT_ATTR_RDONLY, 0).at(step())?;
+    mounts::attach(tree, target).at(step())
+}
+
+fn existing(root: &RootDir, path: &str) -> io::Result<Option<OwnedFd>> {
+    match root.find(path) {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn is_directory(fd: &OwnedFd) -> io::Result<bool> {
+    Ok(FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) == FileType::Directory)
+}

@@ -1,0 +1,158 @@
+//! What a new process does between its birth in the fork server and the execution of its program: it sets up or joins a
+//! container, becomes the user it shall be, and executes. It has one thread and reports over a socket that closes by
+//! itself when the program starts.
+//!
+//! The image is hostile: every path inside it is resolved by [`root_dir::RootDir`] and no other way.
+
+mod capabilities;
+mod command;
+mod container;
+mod devices;
+mod identity;
+mod init;
+mod program;
+mod root_dir;
+mod terminal;
+mod tmpfs;
+
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+
+use coracle_agent_api::{ApiError, ErrorKind};
+use rustix::thread::ThreadNameSpaceType;
+
+use crate::error::{AtStep, Result};
+use crate::fork_server::{Place, Report, Task};
+use crate::{packet, sys};
+use root_dir::RootDir;
+
+pub(crate) use capabilities::parse as parse_capabilities;
+pub(crate) use program::resource_of;
+pub(crate) use root_dir::open_directory;
+pub(crate) use tmpfs::TmpfsOptions;
+
+/// The descriptors that came with an order.
+pub(crate) struct ChildFds {
+    order: OwnedFd,
+    report: OwnedFd,
+    /// The cgroup to be born in.
+    pub cgroup: OwnedFd,
+    /// The root file system, or the pidfd of the container to join.
+    pub place: OwnedFd,
+    stdio: Option<[OwnedFd; 3]>,
+}
+
+impl ChildFds {
+    /// Takes the descriptors of a packet apart.
+    pub(crate) fn from_packet(fds: Vec<OwnedFd>, with_stdio: bool) -> Option<Self> {
+        let mut fds = fds.into_iter();
+        let (order, report, cgroup, place) = (fds.next()?, fds.next()?, fds.next()?, fds.next()?);
+        let stdio = match with_stdio {
+            true => Some([fds.next()?, fds.next()?, fds.next()?]),
+            false => None,
+        };
+        Some(Self { order, report, cgroup, place, stdio })
+    }
+}
+
+/// Carries the order out; never returns.
+pub(crate) fn run(fds: ChildFds) -> ! {
+    let ChildFds { order, report, cgroup, place, stdio } = fds;
+    drop(cgroup);
+    let work = || execute(order, &report, place, stdio);
+    let error = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
+        Ok(Err(error)) => error,
+        Ok(Ok(never)) => match never {},
+        Err(_) => ApiError::new(ErrorKind::Internal, "the process panicked while it was set up"),
+    };
+    let _ = send_report(&report, &Report::Failed(error), &[]);
+    sys::exit_now(255)
+}
+
+enum Never {}
+
+fn execute(order: OwnedFd, report: &OwnedFd, place: OwnedFd, stdio: Option<[OwnedFd; 3]>) -> Result<Never> {
+    let mut timeline = Timeline::default();
+    let task: Task = read_order(order)?;
+    let process = &task.process;
+    let mut first_process = false;
+    let mut with_init = false;
+    // While /proc is still the agent's, and not one that the container could have changed.
+    program::set_oom_score(process)?;
+    let root = match &task.place {
+        Place::New(new) => {
+            first_process = true;
+            with_init = new.spec.init;
+            container::set_up(new, place, process.tty)?
+        }
+        Place::Joined => join(place)?,
+    };
+    timeline.mark("namespaces");
+    let stdio = match stdio {
+        Some(stdio) => stdio,
+        None => terminal::open(&root.dir, root.devpts.as_ref(), process, report, first_process)?,
+    };
+    if first_process {
+        container::enter(&root.dir)?;
+    }
+    if with_init && let Some(main) = init::fork_main()? {
+        // From here on this process is the container's init; the other one goes on.
+        init::run(main, &process.capabilities, task.die_with_agent);
+    }
+    let prepared = program::prepare(&root.dir, &task, first_process, stdio)?;
+    timeline.mark("process");
+    send_report(report, &Report::Executing { moments: timeline.moments }, &[])
+        .at_kind(ErrorKind::Internal, "report to the agent")?;
+    Err(prepared.execute())
+}
+
+/// A container's root, seen from the process that sets it up or joins it.
+struct Root {
+    dir: RootDir,
+    /// The devpts mount, where this process made it.
+    devpts: Option<OwnedFd>,
+}
+
+fn join(container: OwnedFd) -> Result<Root> {
+    let namespaces = ThreadNameSpaceType::MOUNT
+        | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
+        | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
+        | ThreadNameSpaceType::NETWORK
+        | ThreadNameSpaceType::CONTROL_GROUP;
+    rustix::thread::move_into_thread_name_spaces(container.as_fd(), namespaces)
+        .at_kind(ErrorKind::Conflict, "join the container")?;
+    Ok(Root { dir: RootDir::current().at("open the container's root")?, devpts: None })
+}
+
+fn read_order(order: OwnedFd) -> Result<Task> {
+    let mut bytes = Vec::new();
+    // The agent wrote at offset 0 without moving the file's position.
+    std::fs::File::from(order).read_to_end(&mut bytes).at_kind(ErrorKind::Internal, "read the order")?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| ApiError::new(ErrorKind::Internal, format!("the order is malformed: {error}")))
+}
+
+fn send_report(
+    socket: &OwnedFd,
+    report: &Report,
+    fds: &[std::os::fd::BorrowedFd<'_>],
+) -> std::io::Result<()> {
+    let mut bytes = serde_json::to_vec(report)?;
+    if bytes.len() > packet::MAX_LEN {
+        let short = ApiError::new(ErrorKind::StartFailed, "the error's text is too long to report");
+        bytes = serde_json::to_vec(&Report::Failed(short))?;
+    }
+    packet::send(socket, &bytes, fds)
+}
+
+/// When which part of the set-up was finished.
+#[derive(Default)]
+struct Timeline {
+    moments: Vec<(String, u64)>,
+}
+
+impl Timeline {
+    fn mark(&mut self, name: &str) {
+        self.moments.push((name.to_owned(), crate::clock::monotonic_nanos()));
+    }
+}

@@ -1,0 +1,107 @@
+//! The containers that run or are being torn down: what must be undone when the first process has ended.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use coracle_agent_api::ProcessId;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+use crate::cgroup::Cgroup;
+use crate::layers::LayerUse;
+
+/// A container whose first process was started.
+pub(crate) struct Container {
+    /// Its id.
+    pub id: ProcessId,
+    /// Its group.
+    pub cgroup: Arc<Cgroup>,
+    /// The first process's pidfd, by which others join.
+    pub pidfd: Arc<AsyncFd<OwnedFd>>,
+}
+
+/// What a container holds and gives back in the background after its end.
+pub(crate) struct Holdings {
+    /// Its group.
+    pub cgroup: Arc<Cgroup>,
+    /// A handle that keeps the root file system mounted: unmounting writes everything to disk, for which the daemon need
+    /// not wait to hear of the exit.
+    pub root: OwnedFd,
+    /// Its layers.
+    pub layers: LayerUse,
+}
+
+impl Holdings {
+    /// Gives everything back. Blocks.
+    pub(crate) fn give_back(self, id: &ProcessId) {
+        if let Err(error) = self.cgroup.remove() {
+            tracing::warn!(container = id.short(), "removing its cgroup failed: {error}");
+        }
+        // The order matters: the layers are in use until the root is unmounted.
+        drop(self.root);
+        drop(self.layers);
+    }
+}
+
+/// All containers by id.
+#[derive(Default)]
+pub(crate) struct Containers {
+    map: Mutex<HashMap<ProcessId, Entry>>,
+}
+
+struct Entry {
+    running: Option<Arc<Container>>,
+    gone: watch::Sender<bool>,
+}
+
+impl Containers {
+    fn map(&self) -> MutexGuard<'_, HashMap<ProcessId, Entry>> {
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A container is about to be started; nothing of an earlier run with this id is left.
+    pub(crate) fn begin(&self, id: &ProcessId) {
+        let entry = Entry { running: None, gone: watch::Sender::new(false) };
+        self.map().insert(id.clone(), entry);
+    }
+
+    /// It runs.
+    pub(crate) fn runs(&self, container: Arc<Container>) {
+        if let Some(entry) = self.map().get_mut(&container.id) {
+            entry.running = Some(container);
+        }
+    }
+
+    /// Its first process has ended: no one can join any more.
+    pub(crate) fn ended(&self, id: &ProcessId) {
+        if let Some(entry) = self.map().get_mut(id) {
+            entry.running = None;
+        }
+    }
+
+    /// Nothing is left of it.
+    pub(crate) fn gone(&self, id: &ProcessId) {
+        if let Some(entry) = self.map().remove(id) {
+            entry.gone.send_replace(true);
+        }
+    }
+
+    /// A running container.
+    pub(crate) fn running(&self, id: &ProcessId) -> Option<Arc<Container>> {
+        self.map().get(id)?.running.clone()
+    }
+
+    /// Waits until nothing is left of a container.
+    pub(crate) async fn wait_gone(&self, id: &ProcessId) {
+        let receiver = self.map().get(id).map(|entry| entry.gone.subscribe());
+        if let Some(mut receiver) = receiver {
+            let _ = receiver.wait_for(|gone| *gone).await;
+        }
+    }
+
+    /// The ids of all.
+    pub(crate) fn ids(&self) -> Vec<ProcessId> {
+        self.map().keys().cloned().collect()
+    }
+}

@@ -1,0 +1,161 @@
+//! The fork server: a small process with one thread, forked before the agent has any other thread. It clones the
+//! processes of containers, so that a new process can run ordinary code until it executes its program.
+//!
+//! The new processes are children of the agent (CLONE_PARENT), which therefore waits for them by pidfd. The agent and
+//! the fork server trust each other; they are the same program.
+
+mod server;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use coracle_agent_api::{ContainerSpec, ProcessSpec};
+use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Mutex;
+
+use crate::error::{AtStep, Result};
+use crate::sys::{Cloned, Forked};
+use crate::{packet, sys};
+use coracle_agent_api::{ApiError, ErrorKind};
+
+/// What a new process must do, as the agent tells it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Task {
+    /// The whole order: where to run.
+    pub place: Place,
+    /// What to run.
+    pub process: ProcessSpec,
+    /// Keep every capability.
+    pub all_capabilities: bool,
+    /// Die when the agent dies (only where the agent is not PID 1).
+    pub die_with_agent: bool,
+}
+
+/// Where a process runs.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Place {
+    /// In new namespaces, which it sets up itself.
+    New(Box<NewContainer>),
+    /// In the namespaces of a running container.
+    Joined,
+}
+
+/// A container to set up.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct NewContainer {
+    /// What the daemon asked for.
+    pub spec: ContainerSpec,
+    /// An empty directory in the agent's mount namespace where the root file system is attached for a moment.
+    pub mount_point: String,
+    /// The agent's copies of `spec.files`, in their order.
+    pub files: Vec<String>,
+}
+
+/// Descriptors that go to a new process.
+pub(crate) struct TaskFds<'a> {
+    /// The new process's end of its report socket.
+    pub report: BorrowedFd<'a>,
+    /// Its cgroup.
+    pub cgroup: BorrowedFd<'a>,
+    /// For a new container: the detached mount of its root file system. To join: the pidfd of the container's first process.
+    pub place: BorrowedFd<'a>,
+    /// Standard input, output and error; without them the process gets a terminal.
+    pub stdio: Option<[BorrowedFd<'a>; 3]>,
+}
+
+/// Flags in a request's first byte.
+const JOIN: u8 = 1;
+const STDIO: u8 = 2;
+
+/// What a new process reports about itself; the end of the stream without an error means that the program runs.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Report {
+    /// The terminal's two ends come with this packet.
+    Terminal,
+    /// Nothing but `execve` is left to do. The moments are CLOCK_MONOTONIC nanoseconds.
+    Executing {
+        /// What was finished when.
+        moments: Vec<(String, u64)>,
+    },
+    /// It could not be done.
+    Failed(ApiError),
+}
+
+/// The agent's end.
+pub(crate) struct ForkServer {
+    socket: Mutex<AsyncFd<OwnedFd>>,
+    pid: u32,
+}
+
+/// The started fork server, before there is an event loop.
+pub(crate) struct Unattached {
+    socket: OwnedFd,
+    pid: u32,
+}
+
+/// Starts the fork server. The process must have one thread.
+pub(crate) fn start() -> io::Result<Unattached> {
+    let (ours, theirs) = packet::pair()?;
+    match sys::fork()? {
+        Forked::Child => {
+            drop(ours);
+            server::run(theirs)
+        }
+        Forked::Parent { pid } => Ok(Unattached { socket: ours, pid }),
+    }
+}
+
+impl Unattached {
+    /// Ties it to the event loop.
+    pub(crate) fn attach(self) -> io::Result<ForkServer> {
+        Ok(ForkServer { socket: Mutex::new(sys::watch(self.socket)?), pid: self.pid })
+    }
+}
+
+impl ForkServer {
+    /// The fork server's own process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Clones a process that carries out the task and reports over `fds.report`.
+    pub(crate) async fn spawn(&self, task: &Task, fds: TaskFds<'_>) -> Result<Cloned> {
+        let order = memfd(task).at_kind(ErrorKind::Internal, "write the order to a memfd")?;
+        let mut flags = 0;
+        let mut all = vec![order.as_fd(), fds.report, fds.cgroup, fds.place];
+        if matches!(task.place, Place::Joined) {
+            flags |= JOIN;
+        }
+        if let Some(stdio) = fds.stdio {
+            flags |= STDIO;
+            all.extend(stdio);
+        }
+        let socket = self.socket.lock().await;
+        let sent = |_: &OwnedFd| packet::send(socket.get_ref(), &[flags], &all);
+        socket
+            .async_io(tokio::io::Interest::WRITABLE, sent)
+            .await
+            .at_kind(ErrorKind::Internal, "ask the fork server")?;
+        let (bytes, mut received) = socket
+            .async_io(tokio::io::Interest::READABLE, packet::receive)
+            .await
+            .at_kind(ErrorKind::Internal, "hear the fork server")?;
+        let Ok(number) = <[u8; 4]>::try_from(bytes.as_slice()) else {
+            return Err(ApiError::new(ErrorKind::Internal, "the fork server has ended"));
+        };
+        let number = i32::from_le_bytes(number);
+        match received.pop() {
+            Some(pidfd) => Ok(Cloned { pid: number as u32, pidfd }),
+            None => Err(io::Error::from_raw_os_error(number)).at("clone the process"),
+        }
+    }
+}
+
+fn memfd(task: &Task) -> io::Result<OwnedFd> {
+    let fd = rustix::fs::memfd_create("coracle-task", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let file = std::fs::File::from(fd);
+    let bytes = serde_json::to_vec(task)?;
+    std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0)?;
+    Ok(file.into())
+}
