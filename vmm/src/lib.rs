@@ -1,5 +1,60 @@
 //! The virtual machine monitor: a machine with virtio devices, controlled over one socket, with every resource handed
 //! in as a descriptor. It knows nothing of containers. Nothing outside `hypervisor/kvm` and `arch` knows KVM.
+//!
+//! The process is started with a listening control socket (see [`control`]) and opens one path, `/dev/kvm`. Its main
+//! thread serves the socket; each processor, the vsock device and each disk have a thread of their own.
 
 pub mod control;
 pub mod probe;
+
+mod arch;
+mod clock;
+mod devices;
+mod hypervisor;
+mod jail;
+mod limit;
+mod machine;
+mod memory;
+mod server;
+mod sys;
+
+use std::os::fd::OwnedFd;
+
+use control::ExitReason;
+use hypervisor::kvm::KvmHypervisor;
+
+/// Why the VMM could not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Descriptor 3 is not what it should be.
+    #[error("the VMM needs a listening SOCK_SEQPACKET unix socket as descriptor 3; it is started by the daemon, not by hand")]
+    NoControlSocket(#[source] std::io::Error),
+    /// KVM cannot be used.
+    #[error("KVM cannot be used")]
+    Hypervisor(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The process could not be confined.
+    #[error("the VMM cannot give up its privileges")]
+    Jail(#[source] std::io::Error),
+    /// The control socket failed.
+    #[error("the control socket failed")]
+    Serve(#[source] std::io::Error),
+}
+
+/// Runs the VMM on the control socket that the process inherited as descriptor 3. Call it first thing in the process.
+pub fn run_inherited() -> Result<ExitReason, RunError> {
+    run(jail::inherited_control().map_err(RunError::NoControlSocket)?)
+}
+
+/// Runs the VMM on a listening control socket until its machine has ended. Call it first thing in the process: it closes
+/// all descriptors but the standard ones and this socket.
+pub fn run(control: OwnedFd) -> Result<ExitReason, RunError> {
+    use std::os::fd::AsFd;
+    let started = clock::now();
+    if !jail::is_control_socket(control.as_fd()) {
+        return Err(RunError::NoControlSocket(std::io::ErrorKind::InvalidInput.into()));
+    }
+    let kvm = KvmHypervisor::open().map_err(|error| RunError::Hypervisor(Box::new(error)))?;
+    jail::enter(&[jail::number(&control), kvm.raw_fd()]).map_err(RunError::Jail)?;
+    rustix::io::ioctl_fionbio(&control, true).map_err(|errno| RunError::Serve(errno.into()))?;
+    server::serve(&kvm, control, started).map_err(RunError::Serve)
+}

@@ -32,7 +32,9 @@ pub enum ProbeError {
     #[error("KVM refused to {0}")]
     Refused(&'static str, #[source] io::Error),
     /// Stock instructions are not run as they should.
-    #[error("this KVM cannot run stock code: {0} (usual where the machine is itself a guest and its processor does not pass virtualization on)")]
+    #[error(
+        "this KVM cannot run stock code: {0} (usual where the machine is itself a guest and its processor does not pass virtualization on)"
+    )]
     CannotRun(String),
 }
 
@@ -107,13 +109,16 @@ fn run_trial(kvm: &Kvm) -> Result<(), ProbeError> {
     // it is read again only after they are gone.
     unsafe { vm.set_user_memory_region(region) }.map_err(refused("take guest memory"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(refused("make a virtual processor"))?;
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell the CPUID it supports"))?;
+    let cpuid =
+        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell the CPUID it supports"))?;
     vcpu.set_cpuid2(&cpuid).map_err(refused("set the CPUID"))?;
     enter_long_mode(&vcpu)?;
 
     let ended = match vcpu.run() {
         Ok(VcpuExit::Hlt) => Ok(()),
-        Ok(VcpuExit::InternalError) => Err("it stops with an internal error at an instruction that it cannot emulate".to_owned()),
+        Ok(VcpuExit::InternalError) => {
+            Err("it stops with an internal error at an instruction that it cannot emulate".to_owned())
+        }
         Ok(other) => Err(format!("a trial of three instructions ended with {other:?} instead of a halt")),
         Err(error) => return Err(refused("run a virtual processor")(error)),
     };
@@ -127,8 +132,26 @@ fn run_trial(kvm: &Kvm) -> Result<(), ProbeError> {
 }
 
 fn enter_long_mode(vcpu: &VcpuFd) -> Result<(), ProbeError> {
-    let code = kvm_segment { limit: u32::MAX, selector: 8, type_: 11, present: 1, s: 1, l: 1, g: 1, ..Default::default() };
-    let data = kvm_segment { limit: u32::MAX, selector: 16, type_: 3, present: 1, s: 1, db: 1, g: 1, ..Default::default() };
+    let code = kvm_segment {
+        limit: u32::MAX,
+        selector: 8,
+        type_: 11,
+        present: 1,
+        s: 1,
+        l: 1,
+        g: 1,
+        ..Default::default()
+    };
+    let data = kvm_segment {
+        limit: u32::MAX,
+        selector: 16,
+        type_: 3,
+        present: 1,
+        s: 1,
+        db: 1,
+        g: 1,
+        ..Default::default()
+    };
     let mut sregs: kvm_sregs = vcpu.get_sregs().map_err(refused("read registers"))?;
     sregs.cs = code;
     for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
@@ -139,7 +162,8 @@ fn enter_long_mode(vcpu: &VcpuFd) -> Result<(), ProbeError> {
     sregs.cr4 = 0x620; // PAE, OSFXSR, OSXMMEXCPT
     sregs.efer = 0x500; // LME, LMA
     vcpu.set_sregs(&sregs).map_err(refused("enter 64-bit mode"))?;
-    let regs = kvm_regs { rip: CODE, rflags: 2, rdi: DATA, rbx: NEW_LOW, rcx: NEW_HIGH, ..Default::default() };
+    let regs =
+        kvm_regs { rip: CODE, rflags: 2, rdi: DATA, rbx: NEW_LOW, rcx: NEW_HIGH, ..Default::default() };
     vcpu.set_regs(&regs).map_err(refused("set registers"))
 }
 

@@ -1,0 +1,253 @@
+//! The buffers of one descriptor chain as lists of volatile slices, and I/O straight between them and file descriptors.
+//! Descriptors may lie in any layout; they are checked against guest memory here, once, when a chain is taken.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{GuestMemory, VolatileSlice};
+
+use super::Broken;
+use crate::memory::Memory;
+
+/// More parts than this do not fit into one system call; no driver needs them.
+const MAX_PARTS: usize = 1024;
+
+/// Parts of guest memory that belong together, in order.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Buffers<'m> {
+    parts: Vec<VolatileSlice<'m>>,
+    len: usize,
+}
+
+/// A chain's readable buffers, then its writable ones.
+pub(crate) fn collect<'m>(
+    memory: &'m Memory,
+    chain: DescriptorChain<&Memory>,
+) -> Result<(Buffers<'m>, Buffers<'m>), Broken> {
+    let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
+    for descriptor in chain {
+        let slice = memory
+            .get_slice(descriptor.addr(), descriptor.len() as usize)
+            .map_err(|_| Broken::Address)?;
+        if descriptor.is_write_only() {
+            writable.push(slice)?;
+        } else if writable.parts.is_empty() {
+            readable.push(slice)?;
+        } else {
+            return Err(Broken::Chain);
+        }
+    }
+    if readable.parts.is_empty() && writable.parts.is_empty() {
+        return Err(Broken::Chain);
+    }
+    Ok((readable, writable))
+}
+
+impl<'m> Buffers<'m> {
+    fn push(&mut self, slice: VolatileSlice<'m>) -> Result<(), Broken> {
+        if self.parts.len() >= MAX_PARTS {
+            return Err(Broken::Chain);
+        }
+        self.len = self.len.checked_add(slice.len()).ok_or(Broken::Chain)?;
+        self.parts.push(slice);
+        Ok(())
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Takes the first `at` bytes off; `None` if there are not that many.
+    pub(crate) fn split_front(&mut self, at: usize) -> Option<Self> {
+        if at > self.len {
+            return None;
+        }
+        let mut front = Buffers::default();
+        let mut rest = Vec::with_capacity(self.parts.len());
+        for part in self.parts.drain(..) {
+            let wanted = (at - front.len).min(part.len());
+            // `wanted` is within the part, so that splitting cannot fail.
+            let Ok((before, after)) = part.split_at(wanted) else { return None };
+            if !before.is_empty() {
+                front.len += before.len();
+                front.parts.push(before);
+            }
+            if !after.is_empty() {
+                rest.push(after);
+            }
+        }
+        self.len -= at;
+        self.parts = rest;
+        Some(front)
+    }
+
+    /// Takes everything but the first `at` bytes off.
+    pub(crate) fn split_back(&mut self, at: usize) -> Option<Self> {
+        let front = self.split_front(at)?;
+        Some(std::mem::replace(self, front))
+    }
+
+    /// Copies the first bytes out; `None` if there are too few.
+    pub(crate) fn copy_to(&self, mut out: &mut [u8]) -> Option<()> {
+        if out.len() > self.len {
+            return None;
+        }
+        for part in &self.parts {
+            let count = part.copy_to(out);
+            out = &mut out[count..];
+        }
+        Some(())
+    }
+
+    /// Copies bytes in at the front; `None` if there is too little room.
+    pub(crate) fn copy_from(&self, mut bytes: &[u8]) -> Option<()> {
+        if bytes.len() > self.len {
+            return None;
+        }
+        for part in &self.parts {
+            let count = part.len().min(bytes.len());
+            part.copy_from(&bytes[..count]);
+            bytes = &bytes[count..];
+        }
+        Some(())
+    }
+
+    /// Sets every byte to zero.
+    pub(crate) fn fill_zero(&self) {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        for part in &self.parts {
+            let mut done = 0;
+            while let Ok(rest) = part.offset(done) {
+                if rest.is_empty() {
+                    break;
+                }
+                let count = rest.len().min(ZEROES.len());
+                rest.copy_from(&ZEROES[..count]);
+                done += count;
+            }
+        }
+    }
+
+    /// One `readv`: from the descriptor into these buffers.
+    pub(crate) fn receive(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let vectors = self.vectors();
+        // SAFETY: the vectors point into guest memory that `self` borrows, which is only accessed as volatile memory.
+        retry(|| unsafe { libc::readv(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int) })
+    }
+
+    /// One `writev`: from these buffers to the descriptor.
+    pub(crate) fn send(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let vectors = self.vectors();
+        // SAFETY: the vectors point into guest memory that `self` borrows; the kernel only reads it.
+        retry(|| unsafe { libc::writev(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int) })
+    }
+
+    /// Fills the buffers from a position in a file; fails where the file ends too early.
+    pub(crate) fn read_file(mut self, fd: BorrowedFd<'_>, mut position: u64) -> io::Result<()> {
+        while self.len > 0 {
+            let vectors = self.vectors();
+            let offset = to_offset(position)?;
+            // SAFETY: as in `receive`.
+            let count = retry(|| unsafe {
+                libc::preadv64(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int, offset)
+            })?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            position += count as u64;
+            self.split_front(count);
+        }
+        Ok(())
+    }
+
+    /// Writes the buffers to a position in a file.
+    pub(crate) fn write_file(mut self, fd: BorrowedFd<'_>, mut position: u64) -> io::Result<()> {
+        while self.len > 0 {
+            let vectors = self.vectors();
+            let offset = to_offset(position)?;
+            // SAFETY: as in `send`.
+            let count = retry(|| unsafe {
+                libc::pwritev64(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int, offset)
+            })?;
+            if count == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            position += count as u64;
+            self.split_front(count);
+        }
+        Ok(())
+    }
+
+    fn vectors(&self) -> Vec<libc::iovec> {
+        self.parts
+            .iter()
+            .map(|part| libc::iovec { iov_base: part.ptr_guard_mut().as_ptr().cast(), iov_len: part.len() })
+            .collect()
+    }
+}
+
+fn to_offset(position: u64) -> io::Result<libc::off64_t> {
+    libc::off64_t::try_from(position).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(count) => return Ok(count),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use vm_memory::{Bytes, GuestAddress};
+
+    fn buffers<'m>(memory: &'m Memory, parts: &[(u64, usize)]) -> Buffers<'m> {
+        let mut buffers = Buffers::default();
+        for &(address, len) in parts {
+            buffers.push(memory.get_slice(GuestAddress(address), len).unwrap()).unwrap();
+        }
+        buffers
+    }
+
+    #[test]
+    fn splitting_keeps_every_byte_in_order() {
+        let memory = crate::memory::allocate(&[(GuestAddress(0), 0x1000)]).unwrap();
+        memory.write_slice(b"abcdefgh", GuestAddress(0)).unwrap();
+        let all = buffers(&memory, &[(0, 3), (3, 1), (4, 4)]);
+        for at in 0..=8 {
+            let mut rest = all.clone();
+            let front = rest.split_front(at).unwrap();
+            let (mut one, mut two) = (vec![0; at], vec![0; 8 - at]);
+            front.copy_to(&mut one).unwrap();
+            rest.copy_to(&mut two).unwrap();
+            assert_eq!([one, two].concat(), b"abcdefgh");
+        }
+        assert!(all.clone().split_front(9).is_none());
+        assert_eq!(all.clone().split_back(5).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn a_file_is_read_and_written_up_to_its_end() {
+        let memory = crate::memory::allocate(&[(GuestAddress(0), 0x1000)]).unwrap();
+        memory.write_slice(b"abcdefgh", GuestAddress(0)).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        buffers(&memory, &[(4, 4), (0, 4)]).write_file(file.as_fd(), 10).unwrap();
+        buffers(&memory, &[(0x100, 3), (0x103, 6)]).read_file(file.as_fd(), 9).unwrap();
+        let mut found = [1; 9];
+        memory.read_slice(&mut found, GuestAddress(0x100)).unwrap();
+        assert_eq!(&found, b"\0efghabcd");
+        let beyond = buffers(&memory, &[(0x100, 3)]).read_file(file.as_fd(), 17);
+        assert_eq!(beyond.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+}

@@ -1,0 +1,186 @@
+//! The one way to start a device's thread, and the loop of devices that serve one queue, request by request. A thread
+//! that fails or panics turns its device into one that needs a reset; the machine goes on.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::thread::JoinHandle;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::{Activation, Broken};
+use crate::limit::warn_limited;
+use crate::memory::Memory;
+
+/// Why a device could not be started.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot start the thread of the {device} device")]
+pub(crate) struct SpawnError {
+    device: &'static str,
+    #[source]
+    source: std::io::Error,
+}
+
+/// What a device's thread is told.
+#[derive(Debug)]
+pub(crate) enum Command<T> {
+    Activate(Activation),
+    /// Let go of guest memory, then answer.
+    Reset(SyncSender<()>),
+    /// End the thread.
+    Stop,
+    /// Something of the device's own.
+    Other(T),
+}
+
+/// The other end of a device thread's commands.
+#[derive(Debug)]
+pub(crate) struct Commands<T> {
+    sender: Sender<Command<T>>,
+    wake: Arc<EventFd>,
+}
+
+impl<T> Clone for Commands<T> {
+    fn clone(&self) -> Self {
+        Self { sender: self.sender.clone(), wake: Arc::clone(&self.wake) }
+    }
+}
+
+impl<T> Commands<T> {
+    /// Sends a command. A thread that has ended ignores it.
+    pub(crate) fn send(&self, command: Command<T>) {
+        let _ = self.sender.send(command);
+        // Fails only when 2^64 wake-ups are pending.
+        let _ = self.wake.write(1);
+    }
+
+    /// Resets the device and waits until guest memory is no longer touched.
+    pub(crate) fn reset(&self) {
+        let (sender, receiver) = sync_channel(1);
+        self.send(Command::Reset(sender));
+        // An error means that the thread has ended, which is as good.
+        let _ = receiver.recv();
+    }
+}
+
+/// What a device's thread reads commands from.
+#[derive(Debug)]
+pub(crate) struct Inbox<T> {
+    receiver: Receiver<Command<T>>,
+    wake: Arc<EventFd>,
+}
+
+impl<T> Inbox<T> {
+    /// Readable when there are commands.
+    pub(crate) fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// The next command, if there is one. `Stop` when nobody can send any more.
+    pub(crate) fn next(&self) -> Option<Command<T>> {
+        use std::sync::mpsc::TryRecvError;
+        match self.receiver.try_recv() {
+            Ok(command) => Some(command),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(Command::Stop),
+        }
+    }
+}
+
+/// Starts a device's thread.
+pub(crate) fn spawn<T: Send + 'static>(
+    device: &'static str,
+    run: impl FnOnce(Inbox<T>) + Send + 'static,
+) -> Result<(Commands<T>, JoinHandle<()>), SpawnError> {
+    let failed = |source| SpawnError { device, source };
+    let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?);
+    let (sender, receiver) = channel();
+    let inbox = Inbox { receiver, wake: Arc::clone(&wake) };
+    let thread = std::thread::Builder::new()
+        .name(device.into())
+        .spawn(move || {
+            if catch_unwind(AssertUnwindSafe(|| run(inbox))).is_err() {
+                tracing::error!(device, "a device's thread failed");
+            }
+        })
+        .map_err(failed)?;
+    Ok((Commands { sender, wake }, thread))
+}
+
+/// A device that answers requests from one queue.
+pub(crate) trait RequestHandler: Send + 'static {
+    /// The driver took the device into service with these features.
+    fn activated(&mut self, features: u64);
+    /// Answers one request and returns how many bytes were written to its buffers.
+    fn handle(&mut self, memory: &Memory, chain: DescriptorChain<&Memory>) -> Result<u32, Broken>;
+}
+
+/// Runs a device of one queue until it is stopped.
+pub(crate) fn serve_queue<H: RequestHandler>(device: &'static str, inbox: &Inbox<()>, mut handler: H) {
+    let mut active: Option<Activation> = None;
+    loop {
+        while let Some(command) = inbox.next() {
+            match command {
+                Command::Activate(activation) => {
+                    handler.activated(activation.features);
+                    active = Some(activation);
+                }
+                Command::Reset(done) => {
+                    active = None;
+                    // The transport waits, unless its thread has ended.
+                    let _ = done.send(());
+                }
+                Command::Stop => return,
+                Command::Other(()) => {}
+            }
+        }
+        if let Some(activation) = &mut active {
+            if let Err(error) = drain(activation, &mut handler) {
+                warn_limited!(device, %error, "the guest broke a device");
+                activation.signals.broken();
+                active = None;
+            }
+        }
+        wait(inbox, active.as_ref());
+    }
+}
+
+/// Answers everything that the driver has made available.
+fn drain<H: RequestHandler>(activation: &mut Activation, handler: &mut H) -> Result<(), Broken> {
+    let memory = &activation.memory;
+    let Some(active) = activation.queues.first_mut() else { return Err(Broken::Ring) };
+    loop {
+        active.queue.disable_notification(memory)?;
+        while let Some(chain) = active.queue.iter(memory)?.next() {
+            let head = chain.head_index();
+            let written = handler.handle(memory, chain)?;
+            active.queue.add_used(memory, head, written)?;
+            if active.queue.needs_notification(memory)? {
+                activation.signals.queue();
+            }
+        }
+        if !active.queue.enable_notification(memory)? {
+            return Ok(());
+        }
+    }
+}
+
+/// Sleeps until there is a command or a kick, and takes the signal away.
+fn wait(inbox: &Inbox<()>, active: Option<&Activation>) {
+    let kick = active.and_then(|activation| activation.queues.first()).map(|queue| &queue.kick);
+    let events = [Some(&inbox.wake), kick];
+    // The events own their descriptors for as long as they are borrowed here.
+    let mut polled: Vec<_> = events
+        .iter()
+        .flatten()
+        .map(|event| PollFd::from_borrowed_fd(crate::sys::borrow_event(event), PollFlags::IN))
+        .collect();
+    // Fails only by a signal; the loop then looks at everything and waits again.
+    let _ = poll(&mut polled, None);
+    for event in events.into_iter().flatten() {
+        // Nothing to take is fine: the descriptors do not block.
+        let _ = event.read();
+    }
+}

@@ -1,0 +1,144 @@
+//! Guest memory: anonymous memory, parts of which can be mapped copy-on-write from a file. The module trusts the host's
+//! files not to shrink while they are mapped, and nothing that the guest writes.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+
+/// The memory of one machine. Clones share it.
+pub(crate) type Memory = GuestMemoryMmap<()>;
+
+/// The host's page size on every machine that is supported.
+pub(crate) const PAGE: u64 = 4096;
+
+/// Why memory could not be made or filled.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MemoryError {
+    #[error("the host does not give {mib} MiB of memory for the guest")]
+    Allocate {
+        mib: u64,
+        #[source]
+        source: vm_memory::mmap::FromRangesError,
+    },
+    #[error("guest address {address:#x} with {len:#x} bytes is outside of the guest's memory")]
+    Outside { address: u64, len: u64 },
+    #[error("cannot read from the file")]
+    Read(#[source] std::io::Error),
+    #[error("cannot map the file into guest memory")]
+    Map(#[source] std::io::Error),
+}
+
+/// Reserves memory for these ranges; pages come into being when they are touched.
+pub(crate) fn allocate(ranges: &[(GuestAddress, usize)]) -> Result<Memory, MemoryError> {
+    Memory::from_ranges(ranges).map_err(|source| MemoryError::Allocate {
+        mib: ranges.iter().map(|(_, len)| *len as u64).sum::<u64>() >> 20,
+        source,
+    })
+}
+
+/// Copies bytes into guest memory.
+pub(crate) fn write(memory: &Memory, address: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+    memory
+        .write_slice(bytes, GuestAddress(address))
+        .map_err(|_| MemoryError::Outside { address, len: bytes.len() as u64 })
+}
+
+/// Makes `len` bytes of a file, from `offset` on, appear at a guest address: whole pages are mapped copy-on-write when
+/// file and address are aligned alike, the rest is read.
+pub(crate) fn load_file(
+    memory: &Memory,
+    address: u64,
+    file: &File,
+    offset: u64,
+    len: u64,
+) -> Result<(), MemoryError> {
+    let outside = || MemoryError::Outside { address, len };
+    let end = address.checked_add(len).ok_or_else(outside)?;
+    let size = usize::try_from(len).map_err(|_| outside())?;
+    memory.get_slice(GuestAddress(address), size).map_err(|_| outside())?;
+    let first = address.next_multiple_of(PAGE);
+    let last = end / PAGE * PAGE;
+    if address % PAGE != offset % PAGE || first >= last {
+        return read_file(memory, address, file, offset, len);
+    }
+    read_file(memory, address, file, offset, first - address)?;
+    map_pages(memory, first, file, offset + (first - address), last - first)?;
+    read_file(memory, last, file, offset + (last - address), end - last)
+}
+
+fn read_file(memory: &Memory, address: u64, file: &File, offset: u64, len: u64) -> Result<(), MemoryError> {
+    let mut buffer = vec![0; 1 << 16];
+    let mut done = 0;
+    while done < len {
+        let part = usize::try_from(len - done).unwrap_or(usize::MAX).min(buffer.len());
+        file.read_exact_at(&mut buffer[..part], offset + done).map_err(MemoryError::Read)?;
+        write(memory, address + done, &buffer[..part])?;
+        done += part as u64;
+    }
+    Ok(())
+}
+
+/// `address`, `offset` and `len` are multiples of the page size.
+fn map_pages(memory: &Memory, address: u64, file: &File, offset: u64, len: u64) -> Result<(), MemoryError> {
+    let outside = || MemoryError::Outside { address, len };
+    let size = usize::try_from(len).map_err(|_| outside())?;
+    let file_offset = libc::off_t::try_from(offset).map_err(|_| outside())?;
+    let slice = memory.get_slice(GuestAddress(address), size).map_err(|_| outside())?;
+    // SAFETY: the slice proves that `size` bytes from this host address on belong to one mapping of the guest's memory,
+    // which is only accessed through volatile accesses; the new mapping replaces these pages and no others, has the
+    // same protection, and is unmapped together with them.
+    let mapped = unsafe {
+        libc::mmap(
+            slice.ptr_guard_mut().as_ptr().cast(),
+            size,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            file.as_raw_fd(),
+            file_offset,
+        )
+    };
+    if mapped == libc::MAP_FAILED {
+        return Err(MemoryError::Map(std::io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[rstest::rstest]
+    #[case::aligned(0x1000, 0, 0x3000)]
+    #[case::ragged_edges(0x1234, 0x2234, 0x4567)]
+    #[case::unlike_alignment(0x1234, 0x1000, 0x2222)]
+    #[case::small(0x10, 0x10, 0x20)]
+    fn a_file_appears_in_memory_and_stays_as_it_was(#[case] address: u64, #[case] offset: u64, #[case] len: u64) {
+        let mut file = tempfile::tempfile().unwrap();
+        let content: Vec<u8> = (0..0x8000u32).map(|i| (i % 251) as u8).collect();
+        file.write_all(&content).unwrap();
+        let memory = allocate(&[(GuestAddress(0), 0x10000)]).unwrap();
+        load_file(&memory, address, &file, offset, len).unwrap();
+        let mut all = vec![0; 0x10000];
+        memory.read_slice(&mut all, GuestAddress(0)).unwrap();
+        let (begin, end) = (address as usize, (address + len) as usize);
+        assert_eq!(all[begin..end], content[offset as usize..(offset + len) as usize]);
+        assert!(all[..begin].iter().chain(&all[end..]).all(|&byte| byte == 0));
+        memory.write_slice(&vec![0xff; len as usize], GuestAddress(address)).unwrap();
+        let mut after = vec![0; content.len()];
+        file.read_exact_at(&mut after, 0).unwrap();
+        assert_eq!(after, content);
+    }
+
+    #[test]
+    fn what_lies_outside_is_refused() {
+        let memory = allocate(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        for (address, len) in [(0xf000, 0x2000), (u64::MAX, 2), (0x20000, 1)] {
+            assert!(matches!(load_file(&memory, address, &file, 0, len), Err(MemoryError::Outside { .. })));
+        }
+    }
+}
