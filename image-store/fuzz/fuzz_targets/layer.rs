@@ -1,0 +1,33 @@
+//! Any bytes as a layer: conversion must end in an image that reads back without error, or in an error.
+#![no_main]
+
+use std::collections::BTreeSet;
+use std::io::Cursor;
+
+use coracle_image_store::convert_layer;
+use coracle_image_store::erofs::reader::ErofsReader;
+use libfuzzer_sys::fuzz_target;
+
+/// Holes make images much larger than their layers.
+const MAX_IMAGE: u64 = 16 << 20;
+
+fuzz_target!(|blob: &[u8]| {
+    let mut image = Cursor::new(Vec::new());
+    let Ok(converted) = convert_layer(blob, &mut image, MAX_IMAGE) else { return };
+    assert_eq!(converted.image_size, image.get_ref().len() as u64);
+    let mut reader = ErofsReader::open(image).expect("our own image opens");
+    let mut seen = BTreeSet::new();
+    let mut pending = vec![reader.root()];
+    while let Some(nid) = pending.pop() {
+        if !seen.insert(nid) {
+            continue;
+        }
+        let inode = reader.inode(nid).expect("every inode reads");
+        reader.xattrs(&inode).expect("its attributes read");
+        reader.read_at(&inode, 0, &mut [0; 8192]).expect("its data reads");
+        if inode.is_directory() {
+            pending.extend(reader.entries(&inode).expect("its entries read").into_iter().map(|entry| entry.nid));
+        }
+    }
+    assert_eq!(seen.len() as u64, reader.inode_count());
+});
