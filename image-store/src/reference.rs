@@ -120,6 +120,11 @@ impl Reference {
         Self { tag: None, digest: Some(digest), ..self.clone() }
     }
 
+    /// The same name without its digest; `None` if it has no tag then.
+    pub fn tag_only(&self) -> Option<Self> {
+        self.tag.as_ref().map(|_| Self { digest: None, ..self.clone() })
+    }
+
     fn with_suffix(&self, mut name: String) -> String {
         if let Some(tag) = &self.tag {
             name.push(':');

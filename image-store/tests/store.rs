@@ -256,6 +256,7 @@ fn bad_archives_are_refused_and_leave_nothing() {
         ),
         (docker_archive(&[], &config_for(&[&through_link], ""), &[&through_link]), "`a` is a symbolic link"),
         (docker_archive(&["Bad:Name"], &config, &[&layer]), "repository name must be lowercase"),
+        (docker_archive(&[&format!("x@sha256:{}", "0".repeat(64))], &config, &[&layer]), "contains a digest"),
         (
             docker_archive(&["bad"], &config_for(&[], ""), &[&layer]),
             "lists 1 layers, but the image config has 0",

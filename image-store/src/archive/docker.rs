@@ -46,8 +46,17 @@ fn resolve_item(
         }
         scan.check_layer(path, diff_id, is_stored)?;
     }
-    let tags = item.repo_tags.iter().map(|tag| Reference::parse(tag)).collect::<Result<_, _>>()?;
+    let tags = item.repo_tags.iter().map(|tag| parse_tag(tag)).collect::<Result<_, _>>()?;
     Ok(ResolvedImage { config_raw, config, manifest: None, tags })
+}
+
+fn parse_tag(text: &str) -> Result<Reference, ArchiveError> {
+    let reference = Reference::parse(text)?;
+    if reference.digest().is_none() {
+        return Ok(reference);
+    }
+    let reason = format!("the tag `{reference}` contains a digest");
+    Err(ArchiveError::Invalid { path: MANIFEST.to_owned(), reason })
 }
 
 /// Configs are named by their digest: `blobs/sha256/<hex>` or `<hex>.json`.

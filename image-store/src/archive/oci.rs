@@ -62,7 +62,7 @@ pub(super) fn resolve(
     }
     let mut images: Vec<ResolvedImage> = Vec::new();
     for (name, descriptors) in groups {
-        let tag = name.and_then(|name| Reference::parse(&name).ok());
+        let tag = name.and_then(|name| Reference::parse(&name).ok()).and_then(|name| name.tag_only());
         for descriptor in host_platform_or_all(descriptors) {
             let mut image = resolve_descriptor(scan, &descriptor, is_stored, MAX_NESTING)?;
             image.tags.extend(tag.clone());

@@ -2,7 +2,7 @@
 //! tree is known, the root first because its number has only 16 bits; the superblock is written last, so that an
 //! unfinished image is never mistaken for a whole one.
 
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 
 use super::convert::ConvertError;
 use super::dirs::{self, Dirent};
@@ -84,8 +84,13 @@ impl<W: Write + Seek> ImageWriter<W> {
     }
 
     fn zeros(&mut self, length: u64) -> Result<(), ConvertError> {
-        let copied = io::copy(&mut io::Read::take(io::repeat(0), length), &mut self.out);
-        self.position += copied.map_err(ConvertError::writing)?;
+        const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
+        let mut left = length;
+        while left > 0 {
+            let step = left.min(BLOCK);
+            self.write(&ZEROS[..step as usize])?;
+            left -= step;
+        }
         Ok(())
     }
 
