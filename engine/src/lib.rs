@@ -1,3 +1,28 @@
 //! The Docker Engine API and the state machines behind it.
+//!
+//! An [`Engine`] owns every fact about containers, keeps them in an embedded store, and serves Docker's clients on a Unix
+//! socket. Containers run in a [`sandbox`], which it knows by a trait only. What comes out of a sandbox, an image or a client
+//! is untrusted.
 
+#![recursion_limit = "256"]
+
+mod agent;
+pub mod api;
+mod container;
+mod core;
+mod engine;
+mod error;
+mod events;
+mod exec;
+mod http;
+mod io;
+mod logs;
 pub mod sandbox;
+mod sandboxes;
+mod store;
+mod time;
+mod timings;
+
+pub use core::EngineConfig;
+pub use engine::{Engine, ServeEnd};
+pub use error::{Error, Kind};

@@ -21,7 +21,9 @@ pub struct SandboxId(String);
 
 /// Why a string is no [`SandboxId`].
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is not a sandbox's name: expected up to 32 of a-z, 0-9 and `-`, beginning with a letter or digit")]
+#[error(
+    "`{0}` is not a sandbox's name: expected up to 32 of a-z, 0-9 and `-`, beginning with a letter or digit"
+)]
 pub struct SandboxIdError(String);
 
 impl SandboxId {
@@ -187,7 +189,12 @@ pub trait Sandbox: Send + Sync + 'static {
     /// Makes the EROFS image at `path`, of `len` bytes (a multiple of 4096), readable in the sandbox, and says where. A
     /// layer that is attached already gives the same answer again. What was attached is gone after a restart of the sandbox,
     /// but not after a restart of the daemon: after [`Sandbox::adopt`] the same layers are still where they were.
-    async fn attach_layer(&self, diff_id: &DiffId, path: &Path, len: u64) -> Result<LayerSource, SandboxError>;
+    async fn attach_layer(
+        &self,
+        diff_id: &DiffId,
+        path: &Path,
+        len: u64,
+    ) -> Result<LayerSource, SandboxError>;
 
     /// Undoes [`Sandbox::attach_layer`]; the agent must have let go of it before (`DELETE /v1/layers/…`).
     async fn detach_layer(&self, diff_id: &DiffId) -> Result<(), SandboxError>;

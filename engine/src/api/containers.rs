@@ -1,0 +1,244 @@
+//! `/containers/*`: lists, inspection, and what changes a container's state.
+
+use std::{sync::Arc, time::Instant};
+
+use coracle_agent_api::TerminalSize;
+use http::StatusCode;
+use serde_json::{Map, Value, json};
+
+use super::{list, to_its_end};
+use crate::{
+    container::{Container, record::Record, signal, state::Status},
+    error::{Error, Kind, Result},
+    exec::not_running,
+    http::{Request, Response, body},
+    time::or_never,
+};
+
+pub(crate) fn list(request: &Request) -> Result<Response> {
+    Ok(body::ok(&list::select(&request.core, &request.query)?))
+}
+
+pub(crate) async fn start(request: &Request, id: &str) -> Result<Response> {
+    let container = request.core.containers.find(id)?;
+    if request.query.get("checkpoint").is_some() {
+        return Err(Error::unsupported("checkpoints are not supported by Coracle"));
+    }
+    let asked = request.received;
+    to_its_end(&request.core, async move { container.start(asked).await }).await?;
+    Ok(body::empty(StatusCode::NO_CONTENT))
+}
+
+pub(crate) async fn stop(request: &Request, id: &str) -> Result<Response> {
+    let container = request.core.containers.find(id)?;
+    let (signal, timeout) = stop_options(request)?;
+    to_its_end(&request.core, async move { container.stop(signal, timeout).await }).await?;
+    Ok(body::empty(StatusCode::NO_CONTENT))
+}
+
+pub(crate) async fn restart(request: &Request, id: &str) -> Result<Response> {
+    let container = request.core.containers.find(id)?;
+    let (signal, timeout) = stop_options(request)?;
+    to_its_end(&request.core, async move {
+        match container.stop(signal, timeout).await {
+            Err(error) if error.kind() != Kind::NotModified => return Err(error),
+            _ => {}
+        }
+        container.start(Instant::now()).await
+    })
+    .await?;
+    Ok(body::empty(StatusCode::NO_CONTENT))
+}
+
+fn stop_options(request: &Request) -> Result<(Option<u8>, Option<i64>)> {
+    Ok((request.query.get("signal").map(signal::parse).transpose()?, request.query.number("t")?))
+}
+
+pub(crate) async fn kill(request: &Request, id: &str) -> Result<Response> {
+    let container = request.core.containers.find(id)?;
+    let number = request.query.get("signal").map_or(Ok(signal::SIGKILL), signal::parse)?;
+    to_its_end(&request.core, async move {
+        let exits = container.lifecycle();
+        let before = exits.borrow().exits;
+        container.signal(number).await?;
+        if number == signal::SIGKILL {
+            // As in Docker, a killed container has ended when the call returns.
+            let mut exits = exits;
+            let ended = exits.wait_for(|now| now.exits > before || now.removed);
+            let _ = tokio::time::timeout(std::time::Duration::from_secs(10), ended).await;
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(body::empty(StatusCode::NO_CONTENT))
+}
+
+pub(crate) async fn rename(request: &Request, id: &str) -> Result<Response> {
+    let container = request.core.containers.find(id)?;
+    let name =
+        request.query.get("name").ok_or_else(|| Error::invalid("Neither old nor new names may be empty"))?;
+    container.rename(name.to_owned()).await?;
+    Ok(body::empty(StatusCode::NO_CONTENT))
+}
+
+pub(crate) async fn remove(request: &Request, id: &str) -> Result<Response> {
+    let container = request.core.containers.find(id)?;
+    if request.query.flag("link") {
+        return Err(Error::unsupported("--link is not supported by Coracle: containers have no links"));
+    }
+    let force = request.query.flag("force");
+    // `v` asks for the removal of anonymous volumes, of which there are none.
+    to_its_end(&request.core, async move { container.remove(force).await }).await?;
+    Ok(body::empty(StatusCode::NO_CONTENT))
+}
+
+pub(crate) async fn resize(request: &Request, id: &str) -> Result<Response> {
+    let container = request.core.containers.find(id)?;
+    let record = container.record();
+    let size = terminal_size(request)?;
+    if !record.state.status.is_running() {
+        return Err(not_running(&record));
+    }
+    request.core.sandboxes.get(&record.sandbox).agent().resize(&record.id, size).await?;
+    Ok(body::empty(StatusCode::OK))
+}
+
+/// Reads `h` and `w`.
+pub(super) fn terminal_size(request: &Request) -> Result<TerminalSize> {
+    let number = |name: &str| -> Result<u16> {
+        request
+            .query
+            .number(name)?
+            .ok_or_else(|| Error::invalid(format!("the terminal's size is missing: `{name}`")))
+    };
+    Ok(TerminalSize { rows: number("h")?, cols: number("w")? })
+}
+
+pub(crate) async fn inspect(request: &Request, id: &str) -> Result<Response> {
+    let container = request.core.containers.find(id)?;
+    if request.query.flag("size") {
+        return Err(Error::unsupported(
+            "sizes of containers are not supported by Coracle yet: leave --size out",
+        ));
+    }
+    let execs = request.core.execs.of(container.id());
+    Ok(body::ok(&describe(&container, &execs)))
+}
+
+fn describe(container: &Arc<Container>, execs: &[String]) -> Value {
+    let record = container.record();
+    let command = record.config.command();
+    let log_path = container.log().map(|log| log.path().to_string_lossy().into_owned()).unwrap_or_default();
+    json!({
+        "Id": record.id.as_str(),
+        "Created": record.created.rfc3339(),
+        "Path": command.first(),
+        "Args": command.get(1..).unwrap_or_default(),
+        "State": state(&record),
+        "Image": record.image().to_string(),
+        "ResolvConfPath": "",
+        "HostnamePath": "",
+        "HostsPath": "",
+        "LogPath": log_path,
+        "Name": format!("/{}", record.name),
+        "RestartCount": 0,
+        "Driver": "erofs",
+        "Platform": record.platform.split('/').next(),
+        "MountLabel": "",
+        "ProcessLabel": "",
+        "AppArmorProfile": "",
+        "ExecIDs": if execs.is_empty() { Value::Null } else { json!(execs) },
+        "HostConfig": host_config(&record),
+        "GraphDriver": { "Name": "erofs", "Data": {} },
+        "Mounts": [],
+        "Config": config(&record),
+        "NetworkSettings": {
+            "Bridge": "",
+            "SandboxID": record.sandbox.as_str(),
+            "SandboxKey": "",
+            "Ports": {},
+            "Networks": {},
+            "IPAddress": "",
+            "Gateway": "",
+            "MacAddress": "",
+        },
+    })
+}
+
+fn state(record: &Record) -> Value {
+    let state = &record.state;
+    json!({
+        "Status": state.status.name(),
+        "Running": state.status.is_running(),
+        "Paused": false,
+        "Restarting": false,
+        "OOMKilled": state.oom_killed,
+        "Dead": state.status == Status::Dead,
+        "Pid": state.pid,
+        "ExitCode": state.exit_code,
+        "Error": state.error,
+        "StartedAt": or_never(state.started),
+        "FinishedAt": or_never(state.finished),
+    })
+}
+
+fn config(record: &Record) -> Value {
+    let mut value = serde_json::to_value(&record.config).expect("a configuration has no map with odd keys");
+    if let Some(members) = value.as_object_mut() {
+        let volumes = members.get("Volumes").and_then(Value::as_object).is_some_and(Map::is_empty);
+        if volumes {
+            members.insert("Volumes".to_owned(), Value::Null);
+        }
+        members.insert("OnBuild".to_owned(), Value::Null);
+        members.remove("NetworkDisabled");
+    }
+    value
+}
+
+/// What was asked for, and Docker's defaults for what cannot be asked for yet.
+fn host_config(record: &Record) -> Value {
+    let mut value = json!({
+        "Binds": null,
+        "PortBindings": {},
+        "VolumeDriver": "",
+        "VolumesFrom": null,
+        "Dns": [],
+        "DnsOptions": [],
+        "DnsSearch": [],
+        "Links": null,
+        "IpcMode": "private",
+        "PidMode": "",
+        "UTSMode": "",
+        "UsernsMode": "",
+        "CgroupnsMode": "private",
+        "Cgroup": "",
+        "CgroupParent": "",
+        "Privileged": false,
+        "PublishAllPorts": false,
+        "Runtime": "coracle",
+        "Isolation": "",
+        "BlkioWeight": 0,
+        "BlkioWeightDevice": [],
+        "CpuRealtimePeriod": 0,
+        "CpuRealtimeRuntime": 0,
+        "CpusetMems": "",
+        "Devices": [],
+        "DeviceCgroupRules": null,
+        "DeviceRequests": null,
+        "MemorySwappiness": null,
+        "OomKillDisable": null,
+        "CpuCount": 0,
+        "CpuPercent": 0,
+        "IOMaximumIOps": 0,
+        "IOMaximumBandwidth": 0,
+    });
+    let own = serde_json::to_value(&record.host_config).expect("a configuration has no map with odd keys");
+    if let (Some(all), Value::Object(own)) = (value.as_object_mut(), own) {
+        let empty_is_null = ["CapAdd", "CapDrop", "ExtraHosts", "GroupAdd", "SecurityOpt"];
+        for (name, value) in own {
+            let empty = value.as_array().is_some_and(Vec::is_empty) && empty_is_null.contains(&name.as_str());
+            all.insert(name, if empty { Value::Null } else { value });
+        }
+    }
+    value
+}

@@ -1,0 +1,180 @@
+//! `docker ps`: summaries of containers and their filters.
+
+use serde_json::{Value, json};
+
+use crate::{
+    container::{record::Record, state::Status},
+    core::Core,
+    error::{Error, Result},
+    http::{filters::Filters, query::Query},
+    time::{UnixNanos, human_span},
+};
+
+const FILTERS: &[&str] = &[
+    "ancestor", "before", "exited", "expose", "health", "id", "is-task", "label", "name", "network",
+    "publish", "since", "status", "volume",
+];
+
+/// The containers that a query asks for, newest first.
+pub(super) fn select(core: &Core, query: &Query) -> Result<Vec<Value>> {
+    let filters = Filters::of(query, FILTERS)?;
+    check(&filters)?;
+    let limit = query
+        .number::<i64>("limit")?
+        .and_then(|limit| usize::try_from(limit).ok())
+        .filter(|limit| *limit > 0);
+    let everything = query.flag("all")
+        || limit.is_some()
+        || !filters.values("status").is_empty()
+        || !filters.values("exited").is_empty();
+    let created = |name: &str| -> Result<Option<UnixNanos>> {
+        filters
+            .values(name)
+            .first()
+            .map(|container| Ok(core.containers.find(container)?.record().created))
+            .transpose()
+    };
+    let (before, since) = (created("before")?, created("since")?);
+    let mut summaries = Vec::new();
+    for container in core.containers.all() {
+        let record = container.record();
+        let fits = (everything || record.state.status.is_running())
+            && before.is_none_or(|before| record.created < before)
+            && since.is_none_or(|since| record.created > since)
+            && matches(&record, &filters);
+        if fits {
+            summaries.push(summary(&record));
+        }
+        if limit.is_some_and(|limit| summaries.len() >= limit) {
+            break;
+        }
+    }
+    Ok(summaries)
+}
+
+/// Filters whose values are from a closed set.
+fn check(filters: &Filters) -> Result<()> {
+    let statuses = ["created", "restarting", "running", "removing", "paused", "exited", "dead"];
+    if let Some(bad) = filters.values("status").iter().find(|status| !statuses.contains(&status.as_str())) {
+        return Err(Error::invalid(format!(
+            "invalid filter 'status={}'",
+            bad.chars().take(40).collect::<String>()
+        )));
+    }
+    if let Some(bad) = filters.values("exited").iter().find(|code| code.parse::<i32>().is_err()) {
+        return Err(Error::invalid(format!(
+            "invalid filter 'exited={}'",
+            bad.chars().take(40).collect::<String>()
+        )));
+    }
+    match ["expose", "is-task", "publish", "volume"].iter().find(|name| !filters.values(name).is_empty()) {
+        Some(name) => Err(Error::unsupported(format!("the filter `{name}` is not supported by Coracle yet"))),
+        None => Ok(()),
+    }
+}
+
+/// Whether a container fits filters that need nothing but its record.
+pub(super) fn matches(record: &Record, filters: &Filters) -> bool {
+    let image = record.image().to_string();
+    let ancestor = |wanted: &str| {
+        let own = &record.config.image;
+        own == wanted
+            || own.strip_suffix(":latest") == Some(wanted)
+            || wanted.strip_suffix(":latest") == Some(own.as_str())
+            || image == wanted
+            || wanted.len() >= 4 && image.trim_start_matches("sha256:").starts_with(wanted)
+    };
+    filters.any("id", |wanted| record.id.as_str().starts_with(wanted))
+        && filters.any("name", |wanted| name_fits(&record.name, wanted))
+        && filters.any("status", |wanted| wanted == record.state.status.name())
+        && filters.any("exited", |wanted| {
+            record.state.status == Status::Exited && wanted.parse() == Ok(record.state.exit_code)
+        })
+        && filters.any("ancestor", ancestor)
+        && filters.any("network", |wanted| wanted == network(record))
+        && filters.any("health", |wanted| wanted == "none")
+        && filters.labels("label", |name| record.config.labels.get(name).map(String::as_str))
+}
+
+/// Docker takes a regular expression; what people write is a part of a name, with `^` and `$` at most.
+fn name_fits(name: &str, wanted: &str) -> bool {
+    let wanted = wanted.strip_prefix("^/").or_else(|| wanted.strip_prefix('/')).map_or_else(
+        || wanted.strip_prefix('^').map_or((false, wanted), |rest| (true, rest)),
+        |rest| (true, rest),
+    );
+    let (from_start, wanted) = wanted;
+    match (from_start, wanted.strip_suffix('$')) {
+        (true, Some(whole)) => name == whole,
+        (true, None) => name.starts_with(wanted),
+        (false, Some(end)) => name.ends_with(end),
+        (false, None) => name.contains(wanted),
+    }
+}
+
+fn network(record: &Record) -> &str {
+    match record.host_config.network_mode.as_str() {
+        "default" => "bridge",
+        other => other,
+    }
+}
+
+/// One entry of the list.
+pub(crate) fn summary(record: &Record) -> Value {
+    let state = &record.state;
+    json!({
+        "Id": record.id.as_str(),
+        "Names": [format!("/{}", record.name)],
+        "Image": record.config.image,
+        "ImageID": record.image().to_string(),
+        "Command": command_line(record),
+        "Created": record.created.seconds(),
+        "Ports": [],
+        "Labels": record.config.labels,
+        "State": state.status.name(),
+        "Status": status_line(record),
+        "HostConfig": { "NetworkMode": record.host_config.network_mode },
+        "NetworkSettings": { "Networks": {} },
+        "Mounts": [],
+    })
+}
+
+fn command_line(record: &Record) -> String {
+    let quoted = |argument: &String| {
+        if argument.contains(' ') { format!("'{}'", argument.replace('\'', "\\'")) } else { argument.clone() }
+    };
+    record.config.command().iter().map(quoted).collect::<Vec<_>>().join(" ")
+}
+
+fn status_line(record: &Record) -> String {
+    let now = UnixNanos::now();
+    let ago =
+        |time: Option<UnixNanos>| human_span(time.map_or(0, |time| now.0.saturating_sub(time.0).max(0)));
+    let state = &record.state;
+    match state.status {
+        Status::Created => "Created".to_owned(),
+        Status::Running => format!("Up {}", ago(state.started)),
+        Status::Exited => format!("Exited ({}) {} ago", state.exit_code, ago(state.finished)),
+        Status::Removing => "Removal In Progress".to_owned(),
+        Status::Dead => "Dead".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_fit_as_people_write_them() {
+        for (name, wanted, fits) in [
+            ("web-1", "web", true),
+            ("web-1", "eb-", true),
+            ("web-1", "^/web-1$", true),
+            ("web-1", "^web$", false),
+            ("web-1", "/web-1", true),
+            ("web-1", "1$", true),
+            ("web-1", "db", false),
+        ] {
+            assert_eq!(name_fits(name, wanted), fits, "{name} {wanted}");
+        }
+    }
+}

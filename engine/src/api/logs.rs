@@ -1,0 +1,105 @@
+//! `/containers/{id}/logs`.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use crate::{
+    error::{Error, Result, chain},
+    http::{
+        Request, Response, body,
+        hijack::{Framing, content_type},
+    },
+    logs::{self, Entry, Log, ReadOptions, Stream},
+    time::UnixNanos,
+};
+
+/// How many entries wait for the client.
+const QUEUE: usize = 64;
+
+/// What a client wants of the entries.
+pub(super) struct Shown {
+    pub(super) stdout: bool,
+    pub(super) stderr: bool,
+    pub(super) timestamps: bool,
+    pub(super) framing: Framing,
+}
+
+impl Shown {
+    /// An entry on the wire, if it is wanted.
+    pub(super) fn encode(&self, entry: &Entry) -> Option<Bytes> {
+        let wanted = match entry.stream {
+            Stream::Stdout => self.stdout,
+            Stream::Stderr => self.stderr,
+        };
+        let bytes = || {
+            if self.timestamps {
+                let line = format!("{} {}", entry.time.rfc3339_fixed(), entry.text);
+                self.framing.frame(entry.stream, line.as_bytes())
+            } else {
+                self.framing.frame(entry.stream, entry.text.as_bytes())
+            }
+        };
+        wanted.then(bytes)
+    }
+}
+
+pub(crate) fn logs(request: &Request, id: &str) -> Result<Response> {
+    let query = &request.query;
+    let container = request.core.containers.find(id)?;
+    let tty = container.record().config.tty;
+    let shown = Shown {
+        stdout: query.flag("stdout"),
+        stderr: query.flag("stderr"),
+        timestamps: query.flag("timestamps"),
+        framing: Framing::of(tty),
+    };
+    if !shown.stdout && !shown.stderr {
+        return Err(Error::invalid("Bad parameters: you must choose at least one stream"));
+    }
+    let log = container
+        .log()
+        .ok_or_else(|| Error::unsupported("configured logging driver does not support reading"))?;
+    let time = |name: &str| -> Result<Option<UnixNanos>> {
+        let parsed = query.get(name).map(UnixNanos::parse_query).transpose();
+        Ok(parsed
+            .map_err(|error| Error::invalid(format!("invalid value for \"{name}\": {error}")))?
+            .filter(|time| time.0 != 0))
+    };
+    let options = ReadOptions {
+        since: time("since")?,
+        until: time("until")?,
+        // What is no number is everything.
+        tail: query.get("tail").and_then(|tail| tail.parse().ok()),
+        follow: query.flag("follow") && container.is_running(),
+        up_to: None,
+    };
+    let (feed, response) = body::stream(content_type(tty, request.version));
+    let send = send(Arc::clone(log), options, shown, feed);
+    request.core.tasks.spawn(request.core.closing.clone().run_until_cancelled_owned(send));
+    Ok(response)
+}
+
+async fn send(log: Arc<Log>, options: ReadOptions, shown: Shown, feed: mpsc::Sender<Bytes>) {
+    let (entries, mut inbox) = mpsc::channel(QUEUE);
+    let reading = logs::read(log, options, entries);
+    let sending = async {
+        while let Some(entry) = inbox.recv().await {
+            let Some(bytes) = shown.encode(&entry) else { continue };
+            if feed.send(bytes).await.is_err() {
+                break;
+            }
+        }
+        drop(inbox);
+    };
+    let both = async { tokio::join!(reading, sending).0 };
+    let result = tokio::select! {
+        // A client that is gone while nothing is written.
+        () = feed.closed() => return,
+        result = both => result,
+    };
+    if let Err(error) = result {
+        let _ = feed.send(shown.framing.error(&format!("error reading the log: {}", chain(&error)))).await;
+    }
+}

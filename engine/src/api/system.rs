@@ -1,0 +1,166 @@
+//! `/_ping`, `/version`, `/info`, `/system/df`.
+
+use http::{HeaderValue, StatusCode};
+use serde_json::json;
+
+use super::images;
+use crate::{
+    container::state::Status,
+    error::Result,
+    http::{
+        Request, Response, body,
+        version::{NEWEST, OLDEST},
+    },
+    sandbox::SandboxId,
+    time::UnixNanos,
+};
+
+/// The daemon's architecture in the words of Go.
+pub(crate) fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+pub(crate) fn ping() -> Response {
+    let mut response = body::text("OK");
+    let headers = response.headers_mut();
+    headers.insert("builder-version", HeaderValue::from_static("1"));
+    headers.insert("cache-control", HeaderValue::from_static("no-cache, no-store, must-revalidate"));
+    headers.insert("pragma", HeaderValue::from_static("no-cache"));
+    headers.insert("swarm", HeaderValue::from_static("inactive"));
+    response
+}
+
+/// The kernel that containers see: the guest's if one runs, else the host's, which would run it.
+fn kernel_version(request: &Request) -> String {
+    let state = request.core.sandboxes.get(&SandboxId::shared()).state();
+    let guest = state
+        .borrow()
+        .running()
+        .and_then(|running| running.hello.as_ref().map(|hello| hello.kernel_release.clone()));
+    guest.unwrap_or_else(|| rustix::system::uname().release().to_string_lossy().into_owned())
+}
+
+pub(crate) fn version(request: &Request) -> Response {
+    let config = &request.core.config;
+    let kernel = kernel_version(request);
+    body::ok(&json!({
+        "Platform": { "Name": "Coracle" },
+        "Components": [{
+            "Name": "Engine",
+            "Version": config.version,
+            "Details": {
+                "ApiVersion": NEWEST.to_string(),
+                "MinAPIVersion": OLDEST.to_string(),
+                "Arch": architecture(),
+                "Os": "linux",
+                "GitCommit": config.git_commit,
+                "KernelVersion": kernel,
+                "Experimental": "false",
+            },
+        }],
+        "Version": config.version,
+        "ApiVersion": NEWEST.to_string(),
+        "MinAPIVersion": OLDEST.to_string(),
+        "GitCommit": config.git_commit,
+        "GoVersion": "",
+        "Os": "linux",
+        "Arch": architecture(),
+        "KernelVersion": kernel,
+    }))
+}
+
+pub(crate) async fn info(request: &Request) -> Result<Response> {
+    let core = &request.core;
+    let count_images = images(core, |images| images.list().map(|list| list.len())).await?;
+    let all = core.containers.all();
+    let running = all.iter().filter(|container| container.is_running()).count();
+    let stopped = all.iter().filter(|container| container.record().state.status != Status::Running).count();
+    let uname = rustix::system::uname();
+    let memory = rustix::system::sysinfo();
+    let total = u64::from(memory.mem_unit).saturating_mul(memory.totalram);
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok(body::ok(&json!({
+        "ID": "",
+        "Name": uname.nodename().to_string_lossy(),
+        "Containers": all.len(),
+        "ContainersRunning": running,
+        "ContainersPaused": 0,
+        "ContainersStopped": stopped,
+        "Images": count_images,
+        "Driver": "erofs",
+        "DriverStatus": [["Layers", "one EROFS image each, under overlay"]],
+        "Plugins": { "Volume": [], "Network": [], "Authorization": null, "Log": ["json-file", "none"] },
+        "MemoryLimit": true,
+        "SwapLimit": true,
+        "CpuCfsPeriod": true,
+        "CpuCfsQuota": true,
+        "CPUShares": true,
+        "CPUSet": true,
+        "PidsLimit": true,
+        "IPv4Forwarding": false,
+        "OomKillDisable": false,
+        "Debug": false,
+        "NFd": 0,
+        "NGoroutines": 0,
+        "SystemTime": UnixNanos::now().rfc3339(),
+        "LoggingDriver": "json-file",
+        "CgroupDriver": "cgroupfs",
+        "CgroupVersion": "2",
+        "NEventsListener": core.events.listeners(),
+        "KernelVersion": kernel_version(request),
+        "OperatingSystem": "Coracle",
+        "OSVersion": "",
+        "OSType": "linux",
+        "Architecture": std::env::consts::ARCH,
+        "IndexServerAddress": "https://index.docker.io/v1/",
+        "RegistryConfig": null,
+        "NCPU": cpus,
+        "MemTotal": total,
+        "GenericResources": null,
+        "DockerRootDir": core.config.home.to_string_lossy(),
+        "HttpProxy": "",
+        "HttpsProxy": "",
+        "NoProxy": "",
+        "Labels": [],
+        "ExperimentalBuild": false,
+        "ServerVersion": core.config.version,
+        "Runtimes": { "coracle": { "path": "coracle" } },
+        "DefaultRuntime": "coracle",
+        "Swarm": { "NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": false, "Error": "", "RemoteManagers": null },
+        "LiveRestoreEnabled": true,
+        "Isolation": "",
+        "InitBinary": "coracle-agent",
+        "ContainerdCommit": { "ID": "" },
+        "RuncCommit": { "ID": "" },
+        "InitCommit": { "ID": "" },
+        "SecurityOptions": [],
+        "Warnings": null,
+    })))
+}
+
+pub(crate) async fn disk_usage(request: &Request) -> Result<Response> {
+    let core = &request.core;
+    let list = images(core, coracle_image_store::ImageStore::list).await?;
+    let all = core.containers.all();
+    let users = |id: &coracle_image_store::ImageId| {
+        all.iter().filter(|container| container.record().image() == *id).count()
+    };
+    let total: u64 = list.iter().map(|image| image.size).sum();
+    let summaries: Vec<_> =
+        list.iter().map(|image| super::images::summary(image, users(&image.id))).collect();
+    let containers: Vec<_> = all.iter().map(|container| super::list::summary(&container.record())).collect();
+    Ok(body::json(
+        StatusCode::OK,
+        &json!({
+            "LayersSize": total,
+            "Images": summaries,
+            "Containers": containers,
+            "Volumes": [],
+            "BuildCache": [],
+        }),
+    ))
+}

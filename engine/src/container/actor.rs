@@ -1,0 +1,488 @@
+//! A container's task: it alone changes the container's record, one message at a time.
+//!
+//! A change is durable before anyone hears of it. What the agent says of a start or an exit is untrusted, and can at worst make
+//! this container's own record untrue.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use coracle_agent_api::{DiffId, ErrorKind, Layer, ProcessState};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use super::{
+    Container,
+    record::Record,
+    spec,
+    state::{Change, Told},
+};
+use crate::{
+    agent::AgentError,
+    core::Core,
+    error::{Error, Kind, Result, chain},
+    io::{self, Outcome, Pump},
+    logs::LogError,
+    sandboxes::{Host, LayerFile},
+    time::UnixNanos,
+};
+
+/// How long output may follow the exit of a container's first process: its other processes die with it.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// What a container can be asked.
+pub(crate) enum Message {
+    Start {
+        asked: Instant,
+        answer: oneshot::Sender<Result<()>>,
+    },
+    Signal {
+        signal: u8,
+        answer: oneshot::Sender<Result<()>>,
+    },
+    Rename {
+        name: String,
+        answer: oneshot::Sender<Result<()>>,
+    },
+    Remove {
+        answer: oneshot::Sender<Result<()>>,
+    },
+    /// Its process is known to a sandbox that was taken over.
+    Resume {
+        process: Box<ProcessState>,
+        done: oneshot::Sender<()>,
+    },
+    /// It was running, but no sandbox knows it.
+    Lost {
+        reason: String,
+        done: oneshot::Sender<()>,
+    },
+    /// Its process has ended and everything it wrote is delivered.
+    Ended {
+        run: u64,
+        outcome: Outcome,
+    },
+}
+
+struct Actor {
+    core: Arc<Core>,
+    container: Arc<Container>,
+    record: Record,
+    /// Which run the pump is of; an older pump's word does not count.
+    run: u64,
+    /// Ends what belongs to a run and not to its output.
+    run_over: CancellationToken,
+    removed: bool,
+}
+
+/// Makes a container and its task.
+pub(crate) fn spawn(core: &Arc<Core>, record: Record) -> Result<Arc<Container>, LogError> {
+    let (container, inbox) = Container::new(record.clone(), &core.container_folder(&record.id))?;
+    let actor = Actor {
+        core: Arc::clone(core),
+        container: Arc::clone(&container),
+        record,
+        run: 0,
+        run_over: CancellationToken::new(),
+        removed: false,
+    };
+    let span = tracing::info_span!("container", id = container.id().short());
+    core.tasks.spawn(actor.run(inbox).instrument(span));
+    Ok(container)
+}
+
+impl Actor {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Message>) {
+        let closing = self.core.closing.clone();
+        while !self.removed {
+            let message = tokio::select! {
+                () = closing.cancelled() => return,
+                message = inbox.recv() => message,
+            };
+            // The container itself holds a sender, so there is always another message.
+            let Some(message) = message else { return };
+            self.handle(message).await;
+        }
+    }
+
+    async fn handle(&mut self, message: Message) {
+        // An asker that is gone needs no answer.
+        match message {
+            Message::Start { asked, answer } => drop(answer.send(self.start(asked).await)),
+            Message::Signal { signal, answer } => drop(answer.send(self.signal(signal).await)),
+            Message::Rename { name, answer } => drop(answer.send(self.rename(&name).await)),
+            Message::Remove { answer } => drop(answer.send(self.remove().await)),
+            Message::Resume { process, done } => {
+                self.resume(*process).await;
+                let _ = done.send(());
+            }
+            Message::Lost { reason, done } => {
+                self.ended(Outcome::Lost(reason)).await;
+                let _ = done.send(());
+            }
+            Message::Ended { run, outcome } if run == self.run => self.ended(outcome).await,
+            Message::Ended { .. } => {}
+        }
+    }
+
+    fn host(&self) -> Arc<Host> {
+        self.core.sandboxes.get(&self.record.sandbox)
+    }
+
+    async fn start(&mut self, asked: Instant) -> Result<()> {
+        let status = self.record.state.status;
+        if status.is_running() {
+            return Err(Error::not_modified());
+        }
+        if !status.can_start() {
+            return Err(Error::conflict("container is marked for removal and cannot be started"));
+        }
+        self.begin_trace(asked);
+        let result = self.start_in_sandbox().await;
+        if let Err(failure) = result {
+            self.core.sandboxes.get(&self.record.sandbox).release(&self.record.id).await;
+            return Err(self.start_failed(failure).await);
+        }
+        Ok(())
+    }
+
+    fn begin_trace(&self, asked: Instant) {
+        let fresh = self.container.trace().filter(|trace| !trace.has("start-requested"));
+        let trace = fresh
+            .unwrap_or_else(|| self.core.timings.begin(self.record.id.as_str(), &self.record.name, asked));
+        trace.mark("start-requested");
+        self.container.set_trace(trace);
+    }
+
+    fn mark(&self, name: &'static str) {
+        if let Some(trace) = self.container.trace() {
+            trace.mark(name);
+        }
+    }
+
+    async fn start_in_sandbox(&mut self) -> Result<(), StartFailure> {
+        let host = self.host();
+        self.core.start_sandbox(&host).await?;
+        self.mark("sandbox-ready");
+        let layers = self.attach_layers(&host).await?;
+        self.mark("layers-attached");
+        let spec = spec::build(&self.record, layers)?;
+        let id = self.record.id.clone();
+        let started = match host.agent().start(&id, &spec).await {
+            // Left from a start that an earlier daemon did not live to hear of.
+            Err(error) if error.refusal() == Some(ErrorKind::Conflict) => {
+                host.agent().forget(&id).await?;
+                host.agent().start(&id, &spec).await?
+            }
+            other => other?,
+        };
+        self.mark("agent-started");
+        if let Some(trace) = self.container.trace() {
+            trace.agent(started.phases);
+        }
+        let change =
+            Change::Started { pid: started.pid.max(1), at: UnixNanos::from_u64(started.started_unix_nanos) };
+        if let Some(log) = self.container.log() {
+            log.begin(None).map_err(Error::from)?;
+        }
+        if let Err(error) = self.apply(change, BTreeMap::new()).await {
+            let _ = host.agent().signal(&id, super::signal::SIGKILL).await;
+            return Err(error.into());
+        }
+        self.attend(&host, 0);
+        Ok(())
+    }
+
+    async fn attach_layers(&self, host: &Host) -> Result<Vec<Layer>> {
+        let layers = self.image_layers().await?;
+        host.attach(&self.record.id, &layers).await
+    }
+
+    async fn image_layers(&self) -> Result<Vec<LayerFile>> {
+        let images = Arc::clone(&self.core.images);
+        let image = self.record.image();
+        let image = tokio::task::spawn_blocking(move || images.image(&image)).await??;
+        let layer = |layer: coracle_image_store::Layer| {
+            let diff_id: DiffId =
+                layer.diff_id.hex().parse().map_err(|error| Error::internal(chain(&error)))?;
+            Ok(LayerFile { diff_id, path: layer.path, len: layer.size })
+        };
+        image.layers.into_iter().map(layer).collect()
+    }
+
+    /// Takes care of a running process: its output to the log and to those attached, their input to it.
+    fn attend(&mut self, host: &Arc<Host>, after: u64) {
+        self.run += 1;
+        self.run_over = CancellationToken::new();
+        let id = self.record.id.clone();
+        if self.record.config.open_stdin {
+            let forward = io::forward(host.agent().clone(), id.clone(), self.container.stdin.begin());
+            let over = self.run_over.clone();
+            self.core.tasks.spawn(self.core.closing.clone().run_until_cancelled_owned(async move {
+                if let Some(Err(error)) = over.run_until_cancelled(forward).await {
+                    tracing::debug!(error = chain(&error), "the container takes no more input");
+                }
+            }));
+        }
+        let pump = Pump {
+            agent: host.agent().clone(),
+            sandbox: host.state(),
+            process: id,
+            fanout: Arc::clone(&self.container.fanout),
+            log: self.container.log().cloned(),
+            after,
+            linger: LINGER,
+            trace: self.container.trace(),
+        };
+        let (container, run) = (Arc::clone(&self.container), self.run);
+        let attended = async move {
+            let outcome = pump.run().await;
+            container.tell(Message::Ended { run, outcome }).await;
+        };
+        self.core
+            .tasks
+            .spawn(self.core.closing.clone().run_until_cancelled_owned(attended.in_current_span()));
+    }
+
+    async fn start_failed(&mut self, failure: StartFailure) -> Error {
+        let StartFailure { exit_code, error } = failure;
+        tracing::info!(exit_code, %error, "a container did not start");
+        let change = Change::StartFailed { exit_code, error: error.to_string() };
+        if let Err(error) = self.apply(change, BTreeMap::new()).await {
+            tracing::error!(%error, "cannot write down that a container did not start");
+        }
+        self.container.fanout.close();
+        self.container.stdin.end();
+        if self.record.host_config.auto_remove
+            && let Err(error) = self.remove().await
+        {
+            tracing::error!(%error, "cannot remove a container that did not start");
+        }
+        error
+    }
+
+    async fn signal(&mut self, signal: u8) -> Result<()> {
+        if !self.record.state.status.is_running() {
+            let id = &self.record.id;
+            return Err(Error::conflict(format!(
+                "cannot kill container: {id}: container {id} is not running"
+            )));
+        }
+        self.host().agent().signal(&self.record.id, signal).await?;
+        self.tell("kill", BTreeMap::from([("signal".to_owned(), signal.to_string())]));
+        Ok(())
+    }
+
+    async fn rename(&mut self, name: &str) -> Result<()> {
+        let old = self.record.name.clone();
+        let name = self.core.containers.rename(&self.record.id, &old, name)?;
+        self.record.name = name.clone();
+        if let Err(error) = self.save().await {
+            self.record.name = old.clone();
+            let _ = self.core.containers.rename(&self.record.id, &name, &old);
+            return Err(error);
+        }
+        self.tell("rename", BTreeMap::from([("oldName".to_owned(), format!("/{old}"))]));
+        Ok(())
+    }
+
+    async fn remove(&mut self) -> Result<()> {
+        if self.record.state.status.is_running() {
+            let name = &self.record.name;
+            return Err(Error::conflict(format!(
+                "cannot remove container \"{name}\": container is running: stop the container before removing or force remove"
+            )));
+        }
+        self.record.state.apply(Change::Removing).map_err(|error| Error::conflict(error.to_string()))?;
+        self.container.publish(Arc::new(self.record.clone()), false);
+        if let Err(error) = self.remove_everything().await {
+            let _ = self.record.state.apply(Change::RemoveFailed { error: error.to_string() });
+            self.container.publish(Arc::new(self.record.clone()), false);
+            return Err(error);
+        }
+        self.removed = true;
+        self.core.execs.forget_container(&self.record.id);
+        self.core.containers.remove(&self.record);
+        self.tell("destroy", BTreeMap::new());
+        self.container.fanout.close();
+        self.container.publish(Arc::new(self.record.clone()), true);
+        Ok(())
+    }
+
+    async fn remove_everything(&self) -> Result<()> {
+        let host = self.host();
+        if host.is_running() {
+            // What a stopped sandbox keeps of it goes when the sandbox is started again.
+            match host.agent().remove_container(&self.record.id).await {
+                Err(error) if error.refusal().is_some() => return Err(error.into()),
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "cannot remove a container's writable layer now")
+                }
+                Ok(()) => {}
+            }
+        }
+        let folder = self.core.container_folder(&self.record.id);
+        let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder)).await?;
+        match removed {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::internal(format!("cannot remove the container's log: {error}")));
+            }
+            _ => {}
+        }
+        Ok(self.core.store.delete(self.record.id.as_str()).await?)
+    }
+
+    /// Goes on with a process that an earlier daemon started.
+    async fn resume(&mut self, process: ProcessState) {
+        let host = self.host();
+        let at = UnixNanos::from_u64(process.started_unix_nanos);
+        if !self.record.state.status.is_running() {
+            let change = Change::Started { pid: process.pid.max(1), at };
+            if let Err(error) = self.apply(change, BTreeMap::new()).await {
+                tracing::error!(%error, "cannot take over a container that runs");
+                return;
+            }
+        }
+        if let Some(log) = self.container.log()
+            && let Err(error) = log.begin(Some(at))
+        {
+            tracing::error!(
+                error = chain(&error),
+                "cannot read the end of a container's log; some of it may come twice"
+            );
+        }
+        match self.image_layers().await {
+            Ok(layers) => {
+                host.uses(&self.record.id, layers.into_iter().map(|layer| layer.diff_id).collect()).await
+            }
+            Err(error) => tracing::error!(%error, "cannot read the image of a container that runs"),
+        }
+        self.attend(&host, process.acknowledged);
+    }
+
+    async fn ended(&mut self, outcome: Outcome) {
+        self.run_over.cancel();
+        if let Some(log) = self.container.log() {
+            log.end();
+        }
+        self.container.fanout.close();
+        self.container.stdin.end();
+        let started = self.record.state.started;
+        let change = match outcome {
+            Outcome::Exited(status) => Change::Exited(status),
+            Outcome::Lost(reason) => Change::Lost { reason, at: UnixNanos::now() },
+        };
+        let lost = matches!(change, Change::Lost { .. });
+        let seconds =
+            |from: UnixNanos| (UnixNanos::now().0.saturating_sub(from.0) / 1_000_000_000).to_string();
+        let duration =
+            BTreeMap::from([("execDuration".to_owned(), started.map(seconds).unwrap_or_default())]);
+        if let Err(error) = self.apply(change, duration).await {
+            tracing::error!(%error, "cannot write down that a container ended");
+        }
+        let host = self.host();
+        host.release(&self.record.id).await;
+        // Only now: until the end is on disk, the agent must be able to tell it again.
+        if !lost && let Err(error) = host.agent().forget(&self.record.id).await {
+            tracing::debug!(error = chain(&error), "cannot make the agent forget a container");
+        }
+        self.core.execs.forget_container(&self.record.id);
+        if self.record.host_config.auto_remove
+            && let Err(error) = self.remove().await
+        {
+            tracing::error!(%error, "cannot remove a container that ended");
+        }
+    }
+
+    /// Makes a change, writes it down, and only then lets everyone know.
+    async fn apply(&mut self, change: Change, attributes: BTreeMap<String, String>) -> Result<()> {
+        let before = self.record.state.clone();
+        let unheard_end = matches!(change, Change::Exited(_) | Change::Lost { .. });
+        let told = self.record.state.apply(change).map_err(|error| Error::conflict(error.to_string()))?;
+        if let Err(error) = self.save().await {
+            if !unheard_end {
+                self.record.state = before;
+                return Err(error);
+            }
+            // It has ended whether or not that can be written down.
+            tracing::error!(%error, "cannot write down that a container ended");
+            self.container.publish(Arc::new(self.record.clone()), false);
+        }
+        for event in told {
+            self.tell_told(*event, &attributes);
+        }
+        Ok(())
+    }
+
+    async fn save(&self) -> Result<()> {
+        self.core.store.put(self.record.id.as_str(), self.record.encode()).await?;
+        self.container.publish(Arc::new(self.record.clone()), false);
+        Ok(())
+    }
+
+    fn tell_told(&self, told: Told, attributes: &BTreeMap<String, String>) {
+        match told {
+            Told::Start => self.tell("start", BTreeMap::new()),
+            Told::Oom => self.tell("oom", BTreeMap::new()),
+            Told::Die => {
+                let mut attributes = attributes.clone();
+                attributes.insert("exitCode".to_owned(), self.record.state.exit_code.to_string());
+                self.tell("die", attributes);
+            }
+        }
+    }
+
+    fn tell(&self, action: &str, further: BTreeMap<String, String>) {
+        let mut attributes = self.record.event_attributes();
+        attributes.extend(further);
+        self.core.events.container(action, self.record.id.as_str(), &self.record.config.image, attributes);
+        tracing::info!(action, name = %self.record.name, "container");
+    }
+}
+
+/// Why a start failed, with Docker's exit code for it.
+struct StartFailure {
+    exit_code: i32,
+    error: Error,
+}
+
+impl From<Error> for StartFailure {
+    fn from(error: Error) -> Self {
+        Self { exit_code: 128, error }
+    }
+}
+
+impl From<AgentError> for StartFailure {
+    fn from(error: AgentError) -> Self {
+        let exit_code = match error.refusal() {
+            Some(ErrorKind::CommandNotFound) => 127,
+            Some(ErrorKind::CommandNotExecutable) => 126,
+            _ => 128,
+        };
+        Self { exit_code, error: runtime_error(error, "create", "failed to create task for container") }
+    }
+}
+
+/// The agent's error in the words that Docker's clients look for.
+pub(crate) fn runtime_error(error: AgentError, action: &str, prefix: &str) -> Error {
+    let refused = matches!(
+        error.refusal(),
+        Some(
+            ErrorKind::CommandNotFound
+                | ErrorKind::CommandNotExecutable
+                | ErrorKind::StartFailed
+                | ErrorKind::Invalid
+        )
+    );
+    let error = Error::from(error);
+    if !refused {
+        return error.context(prefix);
+    }
+    let error =
+        error.context(format!("{prefix}: OCI runtime {action} failed: unable to start container process"));
+    debug_assert_eq!(error.kind(), Kind::Invalid);
+    error
+}

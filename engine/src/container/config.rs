@@ -1,0 +1,228 @@
+//! What a client asked a container to be: the supported part of Docker's `Config` and `HostConfig`.
+//!
+//! One definition serves requests, the record on disk, and `inspect`. Everything else that Docker knows is in
+//! [`super::refused`], and is refused by name.
+
+use std::collections::BTreeMap;
+
+use coracle_image_store::config::ContainerConfig as ImageConfig;
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::error::{Error, Result};
+
+/// A JSON object without members, as Docker writes the elements of sets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Empty {}
+
+/// Docker's `Config`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct Config {
+    pub(crate) hostname: String,
+    pub(crate) domainname: String,
+    pub(crate) user: String,
+    pub(crate) attach_stdin: bool,
+    pub(crate) attach_stdout: bool,
+    pub(crate) attach_stderr: bool,
+    pub(crate) exposed_ports: BTreeMap<String, Empty>,
+    pub(crate) tty: bool,
+    pub(crate) open_stdin: bool,
+    pub(crate) stdin_once: bool,
+    pub(crate) env: Vec<String>,
+    #[serde(deserialize_with = "one_or_many")]
+    pub(crate) cmd: Option<Vec<String>>,
+    pub(crate) image: String,
+    pub(crate) volumes: BTreeMap<String, Empty>,
+    pub(crate) working_dir: String,
+    #[serde(deserialize_with = "one_or_many")]
+    pub(crate) entrypoint: Option<Vec<String>>,
+    pub(crate) network_disabled: bool,
+    pub(crate) labels: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) stop_signal: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) stop_timeout: Option<i64>,
+}
+
+/// Docker's `HostConfig`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct HostConfig {
+    #[serde(rename = "ContainerIDFile")]
+    pub(crate) container_id_file: String,
+    pub(crate) log_config: LogConfig,
+    pub(crate) network_mode: String,
+    pub(crate) restart_policy: RestartPolicy,
+    pub(crate) auto_remove: bool,
+    pub(crate) console_size: [u32; 2],
+    pub(crate) cap_add: Vec<String>,
+    pub(crate) cap_drop: Vec<String>,
+    pub(crate) extra_hosts: Vec<String>,
+    pub(crate) group_add: Vec<String>,
+    pub(crate) oom_score_adj: i64,
+    pub(crate) readonly_rootfs: bool,
+    pub(crate) security_opt: Vec<String>,
+    pub(crate) tmpfs: BTreeMap<String, String>,
+    pub(crate) shm_size: i64,
+    pub(crate) ulimits: Vec<Ulimit>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) init: Option<bool>,
+    pub(crate) memory: i64,
+    pub(crate) memory_swap: i64,
+    pub(crate) memory_reservation: i64,
+    pub(crate) nano_cpus: i64,
+    pub(crate) cpu_period: i64,
+    pub(crate) cpu_quota: i64,
+    pub(crate) cpu_shares: i64,
+    pub(crate) cpuset_cpus: String,
+    pub(crate) pids_limit: Option<i64>,
+    pub(crate) masked_paths: Option<Vec<String>>,
+    pub(crate) readonly_paths: Option<Vec<String>>,
+}
+
+/// Which log driver, with its options.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct LogConfig {
+    #[serde(rename = "Type")]
+    pub(crate) driver: String,
+    pub(crate) config: BTreeMap<String, String>,
+}
+
+/// When to start again; only `no` is supported.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct RestartPolicy {
+    pub(crate) name: String,
+    pub(crate) maximum_retry_count: i64,
+}
+
+/// A resource limit; -1 is unlimited.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct Ulimit {
+    pub(crate) name: String,
+    pub(crate) soft: i64,
+    pub(crate) hard: i64,
+}
+
+/// Docker takes a command as an array or, from old clients, as one string.
+fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany {
+        One(String),
+        Many(Vec<String>),
+    }
+    Ok(Option::deserialize(deserializer)?.map(|value| match value {
+        OneOrMany::One(one) => vec![one],
+        OneOrMany::Many(many) => many,
+    }))
+}
+
+impl Config {
+    /// Fills in what the client left to the image, by Docker's rules.
+    pub(crate) fn merge_image(&mut self, image: &ImageConfig) -> Result<()> {
+        fill(&mut self.user, &image.user);
+        fill(&mut self.working_dir, &image.working_dir);
+        for port in &image.exposed_ports {
+            self.exposed_ports.entry(port.clone()).or_default();
+        }
+        for volume in &image.volumes {
+            self.volumes.entry(volume.clone()).or_default();
+        }
+        for (name, value) in &image.labels {
+            self.labels.entry(name.clone()).or_insert_with(|| value.clone());
+        }
+        let given: Vec<String> = self.env.iter().map(|variable| env_name(variable).to_owned()).collect();
+        let inherited =
+            image.env.iter().filter(|variable| !given.iter().any(|name| name == env_name(variable)));
+        self.env.extend(inherited.cloned());
+        if self.entrypoint.as_ref().is_none_or(Vec::is_empty) {
+            if self.cmd.as_ref().is_none_or(Vec::is_empty) {
+                self.cmd = image.cmd.clone();
+            }
+            if self.entrypoint.is_none() {
+                self.entrypoint = image.entrypoint.clone();
+            }
+        }
+        if self.entrypoint.as_deref() == Some(&[String::new()]) {
+            self.entrypoint = None;
+        }
+        if self.stop_signal.as_ref().is_none_or(String::is_empty) {
+            self.stop_signal = image.stop_signal.clone().filter(|signal| !signal.is_empty());
+        }
+        self.stop_timeout = self.stop_timeout.or(image.stop_timeout);
+        if self.command().is_empty() {
+            return Err(Error::invalid("no command specified"));
+        }
+        Ok(())
+    }
+
+    /// Entry point and command in one.
+    pub(crate) fn command(&self) -> Vec<String> {
+        let parts = [&self.entrypoint, &self.cmd];
+        parts.into_iter().flatten().flatten().cloned().collect()
+    }
+}
+
+fn fill(own: &mut String, images: &str) {
+    if own.is_empty() {
+        images.clone_into(own);
+    }
+}
+
+/// The part before `=`.
+pub(crate) fn env_name(variable: &str) -> &str {
+    variable.split_once('=').map_or(variable, |(name, _)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image() -> ImageConfig {
+        ImageConfig {
+            entrypoint: Some(vec!["/entry".to_owned()]),
+            cmd: Some(vec!["default".to_owned()]),
+            env: vec!["PATH=/bin".to_owned(), "A=image".to_owned()],
+            user: "app".to_owned(),
+            ..ImageConfig::default()
+        }
+    }
+
+    fn merged(json: &str) -> Config {
+        let mut config: Config = serde_json::from_str(json).unwrap();
+        config.merge_image(&image()).unwrap();
+        config
+    }
+
+    #[test]
+    fn the_images_command_yields_to_the_clients() {
+        for (json, expected) in [
+            ("{}", vec!["/entry", "default"]),
+            (r#"{"Cmd":["x"]}"#, vec!["/entry", "x"]),
+            (r#"{"Cmd":"x"}"#, vec!["/entry", "x"]),
+            (r#"{"Entrypoint":["/mine"]}"#, vec!["/mine"]),
+            (r#"{"Entrypoint":["/mine"],"Cmd":["x"]}"#, vec!["/mine", "x"]),
+            (r#"{"Entrypoint":[""],"Cmd":["x"]}"#, vec!["x"]),
+            (r#"{"Entrypoint":[],"Cmd":["x"]}"#, vec!["x"]),
+        ] {
+            assert_eq!(merged(json).command(), expected, "{json}");
+        }
+    }
+
+    #[test]
+    fn no_command_at_all_is_an_error() {
+        let mut config: Config = serde_json::from_str(r#"{"Entrypoint":[""]}"#).unwrap();
+        assert_eq!(config.merge_image(&image()).unwrap_err().to_string(), "no command specified");
+    }
+
+    #[test]
+    fn the_clients_environment_wins() {
+        let config = merged(r#"{"Env":["A=mine","B"],"User":"root"}"#);
+        assert_eq!(config.env, ["A=mine", "B", "PATH=/bin"]);
+        assert_eq!(config.user, "root");
+        assert_eq!(merged("{}").user, "app");
+    }
+}

@@ -1,0 +1,234 @@
+//! Containers: what they were asked to be, where they are in their lives, and who may change that.
+//!
+//! Each container is an object with a task and an inbox of its own: changes to one container happen one after the other, those
+//! to different containers at the same time. Anyone may read its newest record at any time.
+
+pub(crate) mod actor;
+pub(crate) mod capability;
+pub(crate) mod config;
+pub(crate) mod names;
+pub(crate) mod options;
+pub(crate) mod record;
+pub(crate) mod refused;
+pub(crate) mod registry;
+pub(crate) mod signal;
+pub(crate) mod spec;
+pub(crate) mod state;
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, RwLock},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::{
+    error::{Error, Kind, Result},
+    io::{Fanout, StdinPort},
+    logs::{Log, LogError},
+    timings::Trace,
+};
+use actor::Message;
+use options::LogKind;
+use record::{ContainerId, Record};
+use state::Status;
+
+/// How long a container may take to die of SIGKILL.
+const KILL_TIME: Duration = Duration::from_secs(10);
+const INBOX: usize = 64;
+
+/// What waiters wait for.
+#[derive(Debug, Clone)]
+pub(crate) struct Lifecycle {
+    pub(crate) status: Status,
+    pub(crate) exits: u64,
+    pub(crate) exit_code: i32,
+    pub(crate) error: String,
+    pub(crate) removed: bool,
+}
+
+impl Lifecycle {
+    fn of(record: &Record, removed: bool) -> Self {
+        let state = &record.state;
+        Self {
+            status: state.status,
+            exits: state.exits,
+            exit_code: state.exit_code,
+            error: state.error.clone(),
+            removed,
+        }
+    }
+}
+
+/// Everyone's handle to a container.
+pub(crate) struct Container {
+    id: ContainerId,
+    inbox: mpsc::Sender<Message>,
+    record: RwLock<Arc<Record>>,
+    lifecycle: watch::Sender<Lifecycle>,
+    pub(crate) fanout: Arc<Fanout>,
+    pub(crate) stdin: StdinPort,
+    log: Option<Arc<Log>>,
+    trace: Mutex<Option<Arc<Trace>>>,
+}
+
+impl Container {
+    /// A container, and the receiving end for its task.
+    fn new(record: Record, folder: &Path) -> Result<(Arc<Self>, mpsc::Receiver<Message>), LogError> {
+        let log = match options::check_log(&record.host_config.log_config) {
+            Ok(LogKind::JsonFile(limits)) => {
+                let path = folder.join(format!("{}-json.log", record.id));
+                Some(Arc::new(Log::open(&path, limits)?))
+            }
+            _ => None,
+        };
+        let (inbox, messages) = mpsc::channel(INBOX);
+        let (lifecycle, _) = watch::channel(Lifecycle::of(&record, false));
+        let container = Self {
+            id: record.id.clone(),
+            inbox,
+            record: RwLock::new(Arc::new(record)),
+            lifecycle,
+            fanout: Arc::default(),
+            stdin: StdinPort::new(),
+            log,
+            trace: Mutex::default(),
+        };
+        Ok((Arc::new(container), messages))
+    }
+
+    pub(crate) fn id(&self) -> &ContainerId {
+        &self.id
+    }
+
+    /// The newest record.
+    pub(crate) fn record(&self) -> Arc<Record> {
+        Arc::clone(&self.record.read().expect("no holder panics"))
+    }
+
+    /// Its life, from now on.
+    pub(crate) fn lifecycle(&self) -> watch::Receiver<Lifecycle> {
+        self.lifecycle.subscribe()
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.lifecycle.borrow().status.is_running()
+    }
+
+    /// Its log, if it has one that can be read.
+    pub(crate) fn log(&self) -> Option<&Arc<Log>> {
+        self.log.as_ref()
+    }
+
+    pub(crate) fn trace(&self) -> Option<Arc<Trace>> {
+        self.trace.lock().expect("no holder panics").clone()
+    }
+
+    pub(crate) fn set_trace(&self, trace: Arc<Trace>) {
+        *self.trace.lock().expect("no holder panics") = Some(trace);
+    }
+
+    /// Starts it.
+    pub(crate) async fn start(&self, asked: Instant) -> Result<()> {
+        self.ask(|answer| Message::Start { asked, answer }).await
+    }
+
+    /// Sends its first process a signal.
+    pub(crate) async fn signal(&self, signal: u8) -> Result<()> {
+        self.ask(|answer| Message::Signal { signal, answer }).await
+    }
+
+    pub(crate) async fn rename(&self, name: String) -> Result<()> {
+        self.ask(|answer| Message::Rename { name, answer }).await
+    }
+
+    /// Asks it to end; after the timeout (seconds; negative is for ever), kills it. Returns when it has ended.
+    pub(crate) async fn stop(&self, signal: Option<u8>, timeout: Option<i64>) -> Result<()> {
+        let record = self.record();
+        if !self.is_running() {
+            return Err(Error::not_modified());
+        }
+        let exits = self.lifecycle.borrow().exits;
+        let timeout = timeout.unwrap_or_else(|| record.stop_timeout());
+        self.signal_if_running(signal.unwrap_or_else(|| record.stop_signal())).await?;
+        let ended = self.exited_since(exits);
+        match u64::try_from(timeout) {
+            Err(_) => ended.await,
+            Ok(seconds) => {
+                // A hundred years are as good as for ever, and no clock overflows.
+                let limit = Duration::from_secs(seconds.min(3_153_600_000));
+                if tokio::time::timeout(limit, ended).await.is_err() {
+                    self.kill_and_wait(exits).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Kills it if it runs, and waits for its end.
+    pub(crate) async fn kill(&self) -> Result<()> {
+        let (running, exits) = {
+            let lifecycle = self.lifecycle.borrow();
+            (lifecycle.status.is_running(), lifecycle.exits)
+        };
+        if running { self.kill_and_wait(exits).await } else { Ok(()) }
+    }
+
+    /// Removes it; with `force`, kills it first.
+    pub(crate) async fn remove(&self, force: bool) -> Result<()> {
+        if force {
+            self.kill().await?;
+        }
+        match self.ask(|answer| Message::Remove { answer }).await {
+            // It removed itself in the same moment (`--rm`).
+            Err(_) if self.lifecycle.borrow().removed => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Tells its task something that needs no answer.
+    pub(crate) async fn tell(&self, message: Message) {
+        // A task that has ended needs nothing.
+        let _ = self.inbox.send(message).await;
+    }
+
+    async fn kill_and_wait(&self, exits: u64) -> Result<()> {
+        self.signal_if_running(signal::SIGKILL).await?;
+        let ended = tokio::time::timeout(KILL_TIME, self.exited_since(exits)).await;
+        ended.map_err(|_| {
+            Error::internal(format!(
+                "cannot kill container {}: it did not end within {} s of SIGKILL",
+                self.id,
+                KILL_TIME.as_secs()
+            ))
+        })
+    }
+
+    /// A container that ends in the same moment needs no signal.
+    async fn signal_if_running(&self, signal: u8) -> Result<()> {
+        match self.signal(signal).await {
+            Err(error) if matches!(error.kind(), Kind::Conflict | Kind::NotFound) => Ok(()),
+            other => other,
+        }
+    }
+
+    async fn exited_since(&self, exits: u64) {
+        let mut lifecycle = self.lifecycle();
+        // The sender lives as long as the container.
+        let _ = lifecycle.wait_for(|now| now.exits > exits || now.removed).await;
+    }
+
+    async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<Result<T>>) -> Message) -> Result<T> {
+        let (answer, answered) = oneshot::channel();
+        let gone = || registry::no_such_container(self.id.as_str());
+        self.inbox.send(message(answer)).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
+    }
+
+    fn publish(&self, record: Arc<Record>, removed: bool) {
+        let lifecycle = Lifecycle::of(&record, removed);
+        *self.record.write().expect("no holder panics") = record;
+        self.lifecycle.send_replace(lifecycle);
+    }
+}

@@ -1,0 +1,493 @@
+//! Reads and checks the body of a create request.
+//!
+//! The body is hostile: wrong types, out-of-range numbers and options that cannot be given are refused with a sentence;
+//! nothing of it is acted on before it is checked.
+
+use coracle_agent_api::{Resources, Rlimit, TmpfsMount};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::{
+    capability,
+    config::{Config, HostConfig, LogConfig, Ulimit, env_name},
+    refused, signal,
+};
+use crate::{
+    error::{Error, Result},
+    logs::Limits,
+};
+
+/// The least memory limit that makes sense, as in Docker.
+const MIN_MEMORY: i64 = 6 * 1024 * 1024;
+/// Docker's period of `--cpus`.
+const CPU_PERIOD: u64 = 100_000;
+/// Docker's size of /dev/shm.
+pub(crate) const DEFAULT_SHM: i64 = 64 * 1024 * 1024;
+
+/// A create request that was checked on its own; the image is not merged in yet.
+#[derive(Debug)]
+pub(crate) struct CreateRequest {
+    pub(crate) config: Config,
+    pub(crate) host_config: HostConfig,
+}
+
+impl CreateRequest {
+    /// Reads a body.
+    pub(crate) fn parse(body: &[u8]) -> Result<Self> {
+        let mut members = object(body)?;
+        let host_members = take_object(&mut members, "HostConfig")?;
+        let networking = take_object(&mut members, "NetworkingConfig")?;
+        refused::check_config(&members)?;
+        refused::check_host_config(&host_members)?;
+        let mut config: Config = typed(members)?;
+        let mut host_config: HostConfig = typed(host_members)?;
+        if host_config.network_mode.is_empty() {
+            "default".clone_into(&mut host_config.network_mode);
+        }
+        if config.network_disabled {
+            "none".clone_into(&mut host_config.network_mode);
+        }
+        refused::check_networking(&networking, &host_config.network_mode)?;
+        // Refused above unless empty; the image's own are merged in later.
+        config.volumes.clear();
+        let request = Self { config, host_config };
+        request.check()?;
+        Ok(request)
+    }
+
+    fn check(&self) -> Result<()> {
+        let Self { config, host_config } = self;
+        if config.image.is_empty() {
+            return Err(Error::invalid("no image specified: name one in `Image`"));
+        }
+        if !config.working_dir.is_empty() && !config.working_dir.starts_with('/') {
+            let given = &config.working_dir;
+            return Err(Error::invalid(format!(
+                "the working directory '{given}' is invalid, it needs to be an absolute path"
+            )));
+        }
+        check_env(&config.env)?;
+        check_host_name(&config.hostname)?;
+        if let Some(text) = config.stop_signal.as_deref().filter(|text| !text.is_empty()) {
+            signal::parse(text)?;
+        }
+        check_network(&host_config.network_mode)?;
+        check_restart_policy(host_config)?;
+        check_log(&host_config.log_config)?;
+        no_new_privileges(&host_config.security_opt)?;
+        capability::resolve(&host_config.cap_add, &host_config.cap_drop)?;
+        rlimits(&host_config.ulimits)?;
+        resources(host_config)?;
+        tmpfs(host_config)?;
+        for host in &host_config.extra_hosts {
+            hosts_line(host)?;
+        }
+        if host_config.shm_size < 0 {
+            return Err(Error::invalid("SHM size can not be less than 0"));
+        }
+        if !(-1000..=1000).contains(&host_config.oom_score_adj) {
+            let given = host_config.oom_score_adj;
+            return Err(Error::invalid(format!(
+                "Invalid value {given}, range for oom score adj is [-1000, 1000]"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Reads a body that must be an object.
+pub(crate) fn object(body: &[u8]) -> Result<Map<String, Value>> {
+    match serde_json::from_slice(body) {
+        Ok(Value::Object(members)) => Ok(members),
+        Ok(_) => Err(Error::invalid("invalid JSON: expected an object")),
+        Err(error) => Err(Error::invalid(format!("invalid JSON: {error}"))),
+    }
+}
+
+/// Reads an object into a type; as in Go, a `null` is the same as nothing.
+pub(crate) fn typed<T: DeserializeOwned>(members: Map<String, Value>) -> Result<T> {
+    let members = members
+        .into_iter()
+        .filter(|(_, value)| !value.is_null())
+        .map(|(name, value)| (name, without_nulls(value)));
+    serde_json::from_value(Value::Object(members.collect()))
+        .map_err(|error| Error::invalid(format!("invalid JSON: {error}")))
+}
+
+fn without_nulls(value: Value) -> Value {
+    match value {
+        Value::Object(members) => {
+            let kept = members.into_iter().filter(|(_, value)| !value.is_null());
+            Value::Object(kept.map(|(name, value)| (name, without_nulls(value))).collect())
+        }
+        other => other,
+    }
+}
+
+fn take_object(members: &mut Map<String, Value>, name: &str) -> Result<Map<String, Value>> {
+    match members.remove(name) {
+        None | Some(Value::Null) => Ok(Map::new()),
+        Some(Value::Object(members)) => Ok(members),
+        Some(_) => Err(Error::invalid(format!("invalid JSON: {name} is not an object"))),
+    }
+}
+
+/// Checks environment variables; one without `=` takes a variable away.
+pub(crate) fn check_env(env: &[String]) -> Result<()> {
+    match env.iter().find(|variable| env_name(variable).is_empty() || variable.contains('\0')) {
+        Some(bad) => Err(Error::invalid(format!(
+            "invalid environment variable: {}",
+            bad.chars().take(80).collect::<String>()
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn check_host_name(name: &str) -> Result<()> {
+    let legal = name.len() <= 63
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+    if legal {
+        Ok(())
+    } else {
+        Err(Error::invalid(format!("invalid hostname format: {}", name.chars().take(80).collect::<String>())))
+    }
+}
+
+fn check_network(mode: &str) -> Result<()> {
+    match mode {
+        "default" | "bridge" | "none" => Ok(()),
+        other => Err(refused::missing(&format!("--network {other}"), "HostConfig.NetworkMode")),
+    }
+}
+
+fn check_restart_policy(host_config: &HostConfig) -> Result<()> {
+    match host_config.restart_policy.name.as_str() {
+        "" | "no" => Ok(()),
+        other => Err(refused::missing(&format!("--restart {other}"), "HostConfig.RestartPolicy")),
+    }
+}
+
+/// Which log a container has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LogKind {
+    /// Docker's json-file format.
+    JsonFile(Limits),
+    /// Output is kept nowhere.
+    None,
+}
+
+/// Reads a log configuration.
+pub(crate) fn check_log(log: &LogConfig) -> Result<LogKind> {
+    match log.driver.as_str() {
+        "" | "json-file" => json_file_limits(log).map(LogKind::JsonFile),
+        "none" => Ok(LogKind::None),
+        other => Err(refused::missing(&format!("--log-driver {other}"), "HostConfig.LogConfig.Type")),
+    }
+}
+
+fn json_file_limits(log: &LogConfig) -> Result<Limits> {
+    let mut limits = Limits { max_size: None, max_file: 1 };
+    for (name, value) in &log.config {
+        match name.as_str() {
+            "max-size" if value == "-1" => {}
+            "max-size" => {
+                limits.max_size = Some(size(value).filter(|size| *size > 0).ok_or_else(|| {
+                    Error::invalid(format!(
+                        "invalid value for max-size: {value}, expected a size such as 10m"
+                    ))
+                })?)
+            }
+            "max-file" => {
+                limits.max_file =
+                    value.parse().ok().filter(|count| (1..=1000).contains(count)).ok_or_else(|| {
+                        Error::invalid(format!(
+                            "invalid value for max-file: {value}, expected a number from 1 to 1000"
+                        ))
+                    })?;
+            }
+            "compress" if value == "false" => {}
+            "compress" | "labels" | "labels-regex" | "env" | "env-regex" | "tag" | "mode"
+            | "max-buffer-size" => {
+                return Err(refused::missing(&format!("--log-opt {name}"), "HostConfig.LogConfig.Config"));
+            }
+            other => {
+                return Err(Error::invalid(format!("unknown log opt '{other}' for json-file log driver")));
+            }
+        }
+    }
+    if limits.max_file > 1 && limits.max_size.is_none() {
+        return Err(Error::invalid("max-file cannot be more than 1 when max-size is not set"));
+    }
+    Ok(limits)
+}
+
+/// Reads `10m`, `1g`, `512` (bytes, powers of 1024).
+fn size(text: &str) -> Option<u64> {
+    let lower = text.to_ascii_lowercase();
+    let lower = lower.strip_suffix('b').unwrap_or(&lower);
+    let lower = lower.strip_suffix('i').unwrap_or(lower);
+    let (digits, shift) = match lower.chars().last()? {
+        'k' => (&lower[..lower.len() - 1], 10),
+        'm' => (&lower[..lower.len() - 1], 20),
+        'g' => (&lower[..lower.len() - 1], 30),
+        't' => (&lower[..lower.len() - 1], 40),
+        _ => (lower, 0),
+    };
+    digits.trim().parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Reads `--security-opt`.
+pub(crate) fn no_new_privileges(options: &[String]) -> Result<bool> {
+    let mut set = false;
+    for option in options {
+        match option.as_str() {
+            "no-new-privileges" | "no-new-privileges:true" | "no-new-privileges=true" => set = true,
+            "no-new-privileges:false" | "no-new-privileges=false" => set = false,
+            other => {
+                return Err(refused::missing(&format!("--security-opt {other}"), "HostConfig.SecurityOpt"));
+            }
+        }
+    }
+    Ok(set)
+}
+
+/// Converts `--ulimit`.
+pub(crate) fn rlimits(ulimits: &[Ulimit]) -> Result<Vec<Rlimit>> {
+    const NAMES: &[&str] = &[
+        "as",
+        "core",
+        "cpu",
+        "data",
+        "fsize",
+        "locks",
+        "memlock",
+        "msgqueue",
+        "nice",
+        "nofile",
+        "nproc",
+        "rss",
+        "rtprio",
+        "rttime",
+        "sigpending",
+        "stack",
+    ];
+    let limit = |value: i64| u64::try_from(value).unwrap_or(u64::MAX);
+    let convert = |ulimit: &Ulimit| {
+        let Ulimit { name, soft, hard } = ulimit;
+        if !NAMES.contains(&name.as_str()) {
+            return Err(Error::invalid(format!(
+                "invalid ulimit type: {}",
+                name.chars().take(40).collect::<String>()
+            )));
+        }
+        if limit(*soft) > limit(*hard) {
+            return Err(Error::invalid(format!(
+                "ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}"
+            )));
+        }
+        Ok(Rlimit { name: name.clone(), soft: limit(*soft), hard: limit(*hard) })
+    };
+    ulimits.iter().map(convert).collect()
+}
+
+/// Converts limits, with Docker's rules and words.
+pub(crate) fn resources(host: &HostConfig) -> Result<Resources> {
+    let invalid = |message: &str| Err(Error::invalid(message));
+    let set = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
+    if host.memory != 0 && host.memory < MIN_MEMORY {
+        return invalid("Minimum memory limit allowed is 6MB");
+    }
+    if host.memory_reservation != 0 && host.memory_reservation < MIN_MEMORY {
+        return invalid("Minimum memory reservation allowed is 6MB");
+    }
+    if host.memory > 0 && host.memory_reservation > host.memory {
+        return invalid("Minimum memory limit can not be less than memory reservation limit, see usage");
+    }
+    if host.memory_swap > 0 && host.memory == 0 {
+        return invalid("You should always set the Memory limit when using Memoryswap limit, see usage");
+    }
+    if host.memory_swap > 0 && host.memory_swap < host.memory {
+        return invalid("Minimum memoryswap limit should be larger than memory limit, see usage");
+    }
+    if host.memory_swap < -1 {
+        return invalid("invalid memoryswap limit: use -1 for unlimited swap");
+    }
+    if host.cpu_shares < 0 {
+        return Err(Error::invalid(format!(
+            "invalid CPU shares ({}): value must be a positive integer",
+            host.cpu_shares
+        )));
+    }
+    let cpuset_legal = host.cpuset_cpus.bytes().all(|b| b.is_ascii_digit() || matches!(b, b',' | b'-'));
+    if !cpuset_legal {
+        return Err(Error::invalid(format!(
+            "Invalid value {:?} for cpuset cpus",
+            host.cpuset_cpus.chars().take(60).collect::<String>()
+        )));
+    }
+    let memory_swap = match (host.memory, host.memory_swap) {
+        (0, _) | (_, -1) => None,
+        // As much swap as memory unless said otherwise.
+        (memory, 0) => set(memory),
+        (memory, both) => u64::try_from(both - memory).ok(),
+    };
+    let (cpu_quota, cpu_period) = cpu(host)?;
+    Ok(Resources {
+        memory: set(host.memory),
+        memory_swap,
+        memory_reservation: set(host.memory_reservation),
+        cpu_quota,
+        cpu_period,
+        cpu_shares: set(host.cpu_shares).map(|shares| shares.clamp(2, 262_144)),
+        cpuset_cpus: Some(host.cpuset_cpus.clone()).filter(|cpus| !cpus.is_empty()),
+        pids: host.pids_limit.and_then(set),
+    })
+}
+
+fn cpu(host: &HostConfig) -> Result<(Option<u64>, Option<u64>)> {
+    let invalid = |message: &str| Err(Error::invalid(message));
+    if host.nano_cpus < 0 {
+        return invalid("invalid value for --cpus: it must not be negative");
+    }
+    if host.nano_cpus > 0 {
+        if host.cpu_period != 0 {
+            return invalid("Conflicting options: Nano CPUs and CPU Period cannot both be set");
+        }
+        if host.cpu_quota != 0 {
+            return invalid("Conflicting options: Nano CPUs and CPU Quota cannot both be set");
+        }
+        let quota = host.nano_cpus.unsigned_abs() / (1_000_000_000 / CPU_PERIOD);
+        if quota < 1000 {
+            return invalid("Range of CPUs is from 0.01 upwards");
+        }
+        return Ok((Some(quota), Some(CPU_PERIOD)));
+    }
+    if host.cpu_period != 0 && !(1000..=1_000_000).contains(&host.cpu_period) {
+        return invalid(
+            "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)",
+        );
+    }
+    if host.cpu_quota > 0 && host.cpu_quota < 1000 {
+        return invalid("CPU cfs quota can not be less than 1ms (i.e. 1000)");
+    }
+    let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
+    Ok((positive(host.cpu_quota), positive(host.cpu_period)))
+}
+
+/// Converts `--tmpfs`.
+pub(crate) fn tmpfs(host: &HostConfig) -> Result<Vec<TmpfsMount>> {
+    let convert = |(path, options): (&String, &String)| {
+        if !path.starts_with('/') || path == "/" || path.contains('\0') {
+            let shown: String = path.chars().take(80).collect();
+            return Err(Error::invalid(format!(
+                "invalid mount path: '{shown}' mount path must be absolute, and not `/`"
+            )));
+        }
+        Ok(TmpfsMount { path: path.clone(), options: options.clone() })
+    };
+    host.tmpfs.iter().map(convert).collect()
+}
+
+/// Converts `--add-host NAME:ADDRESS` to a line of /etc/hosts.
+pub(crate) fn hosts_line(text: &str) -> Result<String> {
+    let bad = |why: &str| {
+        Error::invalid(format!(
+            "bad format for add-host: {:?}: {why}",
+            text.chars().take(80).collect::<String>()
+        ))
+    };
+    let (name, address) = text.split_once([':', '=']).ok_or_else(|| bad("expected NAME:ADDRESS"))?;
+    if address == "host-gateway" {
+        return Err(refused::missing("--add-host NAME:host-gateway", "HostConfig.ExtraHosts"));
+    }
+    let bare = address.trim_start_matches('[').trim_end_matches(']');
+    let address: std::net::IpAddr = bare.parse().map_err(|_| bad("invalid IP address"))?;
+    let legal = !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic() && b != b'#');
+    if legal { Ok(format!("{address}\t{name}\n")) } else { Err(bad("invalid name")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> Result<CreateRequest> {
+        CreateRequest::parse(json.as_bytes())
+    }
+
+    fn host(json: &str) -> Result<CreateRequest> {
+        parse(&format!(r#"{{"Image":"x","HostConfig":{json}}}"#))
+    }
+
+    #[test]
+    fn wrong_types_and_values_are_refused_with_a_sentence() {
+        for bad in [
+            "",
+            "[]",
+            "{",
+            r#"{"Image":7}"#,
+            r#"{"Image":"x","Env":"A=1"}"#,
+            r#"{"Image":"x","Env":["=1"]}"#,
+            r#"{"Image":"x","Tty":"yes"}"#,
+            r#"{"Image":"x","WorkingDir":"rel"}"#,
+            r#"{"Image":"x","StopSignal":"NOPE"}"#,
+            r#"{"Image":"x","HostConfig":[]}"#,
+            r#"{"Image":"x","Hostname":"a/b"}"#,
+            r#"{}"#,
+        ] {
+            assert_eq!(parse(bad).unwrap_err().status(), 400, "{bad}");
+        }
+        for bad in [
+            r#"{"Memory":1}"#,
+            r#"{"Memory":-5}"#,
+            r#"{"Memory":9223372036854775808}"#,
+            r#"{"MemorySwap":8000000}"#,
+            r#"{"NanoCpus":-1}"#,
+            r#"{"NanoCpus":1000000000,"CpuQuota":5000}"#,
+            r#"{"CpusetCpus":"../x"}"#,
+            r#"{"OomScoreAdj":1001}"#,
+            r#"{"ShmSize":-1}"#,
+            r#"{"Ulimits":[{"Name":"x","Soft":1,"Hard":1}]}"#,
+            r#"{"Tmpfs":{"rel":""}}"#,
+            r#"{"CapAdd":["FLY"]}"#,
+            r#"{"LogConfig":{"Type":"json-file","Config":{"max-size":"big"}}}"#,
+            r#"{"ExtraHosts":["a:b"]}"#,
+        ] {
+            assert_eq!(host(bad).unwrap_err().status(), 400, "{bad}");
+        }
+        for missing in [
+            r#"{"RestartPolicy":{"Name":"always"}}"#,
+            r#"{"NetworkMode":"host"}"#,
+            r#"{"SecurityOpt":["seccomp=unconfined"]}"#,
+            r#"{"LogConfig":{"Type":"syslog"}}"#,
+        ] {
+            assert_eq!(host(missing).unwrap_err().status(), 501, "{missing}");
+        }
+    }
+
+    #[test]
+    fn nulls_and_unknown_members_are_as_if_not_there() {
+        let request = parse(
+            r#"{"Image":"x","Env":null,"Cmd":null,"Frobnicate":1,"HostConfig":{"CapAdd":null,"PidsLimit":null}}"#,
+        );
+        assert!(request.unwrap().config.env.is_empty());
+    }
+
+    #[test]
+    fn limits_become_cgroup_values() {
+        let request =
+            host(r#"{"Memory":104857600,"NanoCpus":1500000000,"PidsLimit":-1,"CpuShares":1}"#).unwrap();
+        let resources = resources(&request.host_config).unwrap();
+        assert_eq!(resources.memory, Some(104_857_600));
+        assert_eq!(resources.memory_swap, Some(104_857_600));
+        assert_eq!((resources.cpu_quota, resources.cpu_period), (Some(150_000), Some(100_000)));
+        assert_eq!((resources.pids, resources.cpu_shares), (None, Some(2)));
+    }
+
+    #[test]
+    fn log_options_are_read() {
+        let request =
+            host(r#"{"LogConfig":{"Type":"json-file","Config":{"max-size":"10m","max-file":"3"}}}"#).unwrap();
+        let kind = check_log(&request.host_config.log_config).unwrap();
+        assert_eq!(kind, LogKind::JsonFile(Limits { max_size: Some(10 << 20), max_file: 3 }));
+    }
+}

@@ -1,0 +1,105 @@
+//! What is known of a container; one JSON record on disk.
+
+use std::collections::BTreeMap;
+
+use coracle_agent_api::ProcessId;
+use coracle_image_store::ImageId;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    config::{Config, HostConfig},
+    signal,
+    state::State,
+};
+use crate::{sandbox::SandboxId, time::UnixNanos};
+
+/// A container is called by the id of its first process.
+pub(crate) type ContainerId = ProcessId;
+
+/// Seconds that Docker gives a container to end when nothing else is said.
+const DEFAULT_STOP_TIMEOUT: i64 = 10;
+
+/// Form of the records; rises when an old daemon could not read a new one's.
+const FORMAT: u32 = 1;
+
+/// See the module.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Record {
+    format: u32,
+    pub(crate) id: ContainerId,
+    pub(crate) name: String,
+    pub(crate) created: UnixNanos,
+    pub(crate) sandbox: SandboxId,
+    image: String,
+    pub(crate) platform: String,
+    pub(crate) config: Config,
+    pub(crate) host_config: HostConfig,
+    pub(crate) state: State,
+}
+
+/// Why bytes are no record.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RecordError {
+    #[error("it is not readable")]
+    Json(#[from] serde_json::Error),
+    #[error("it was written by a newer version (format {0})")]
+    Format(u32),
+    #[error("it names no image")]
+    Image,
+}
+
+impl Record {
+    pub(crate) fn new(
+        id: ContainerId,
+        name: String,
+        sandbox: SandboxId,
+        image: &ImageId,
+        platform: String,
+        config: Config,
+        host_config: HostConfig,
+    ) -> Self {
+        let created = UnixNanos::now();
+        let image = image.to_string();
+        let state = State::created();
+        Self { format: FORMAT, id, name, created, sandbox, image, platform, config, host_config, state }
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
+        let record: Self = serde_json::from_slice(bytes)?;
+        if record.format > FORMAT {
+            return Err(RecordError::Format(record.format));
+        }
+        record.image.parse::<ImageId>().map_err(|_| RecordError::Image)?;
+        Ok(record)
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a record has no map with odd keys")
+    }
+
+    pub(crate) fn image(&self) -> ImageId {
+        self.image.parse().expect("checked when the record was made or read")
+    }
+
+    /// The signal that asks it to end.
+    pub(crate) fn stop_signal(&self) -> u8 {
+        self.config
+            .stop_signal
+            .as_deref()
+            .and_then(|text| signal::parse(text).ok())
+            .unwrap_or(signal::SIGTERM)
+    }
+
+    /// Seconds between that signal and SIGKILL; negative is for ever.
+    pub(crate) fn stop_timeout(&self) -> i64 {
+        self.config.stop_timeout.unwrap_or(DEFAULT_STOP_TIMEOUT)
+    }
+
+    /// What its events carry.
+    pub(crate) fn event_attributes(&self) -> BTreeMap<String, String> {
+        let mut attributes = self.config.labels.clone();
+        attributes.insert("image".to_owned(), self.config.image.clone());
+        attributes.insert("name".to_owned(), self.name.clone());
+        attributes
+    }
+}

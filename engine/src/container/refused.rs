@@ -1,0 +1,201 @@
+//! Options that Docker knows and Coracle does not have yet: each is refused by name unless it has its default value.
+//!
+//! Nothing that a client asks for is silently ignored, except members that Docker itself does not know.
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// A member of a request, what people call it, and values other than "empty" that ask for nothing special.
+struct Refused {
+    member: &'static str,
+    option: &'static str,
+    harmless: &'static [&'static str],
+}
+
+const fn no(member: &'static str, option: &'static str) -> Refused {
+    Refused { member, option, harmless: &[] }
+}
+
+const fn unless(member: &'static str, option: &'static str, harmless: &'static [&'static str]) -> Refused {
+    Refused { member, option, harmless }
+}
+
+const CONFIG: &[Refused] = &[
+    no("ArgsEscaped", "ArgsEscaped"),
+    unless("Healthcheck", "--health-cmd", &[r#"{"Test":["NONE"]}"#]),
+    no("MacAddress", "--mac-address"),
+    no("OnBuild", "ONBUILD"),
+    no("Shell", "SHELL"),
+    no("Volumes", "--volume"),
+];
+
+const HOST_CONFIG: &[Refused] = &[
+    no("Annotations", "--annotation"),
+    no("Binds", "--volume"),
+    no("BlkioDeviceReadBps", "--device-read-bps"),
+    no("BlkioDeviceReadIOps", "--device-read-iops"),
+    no("BlkioDeviceWriteBps", "--device-write-bps"),
+    no("BlkioDeviceWriteIOps", "--device-write-iops"),
+    no("BlkioWeight", "--blkio-weight"),
+    no("BlkioWeightDevice", "--blkio-weight-device"),
+    no("Cgroup", "Cgroup"),
+    no("CgroupParent", "--cgroup-parent"),
+    unless("CgroupnsMode", "--cgroupns", &[r#""private""#]),
+    no("CpuCount", "--cpu-count"),
+    no("CpuPercent", "--cpu-percent"),
+    no("CpuRealtimePeriod", "--cpu-rt-period"),
+    no("CpuRealtimeRuntime", "--cpu-rt-runtime"),
+    no("CpusetMems", "--cpuset-mems"),
+    no("DeviceCgroupRules", "--device-cgroup-rule"),
+    no("DeviceRequests", "--gpus"),
+    no("Devices", "--device"),
+    no("Dns", "--dns"),
+    no("DnsOptions", "--dns-option"),
+    no("DnsSearch", "--dns-search"),
+    no("IOMaximumBandwidth", "--io-maxbandwidth"),
+    no("IOMaximumIOps", "--io-maxiops"),
+    unless("IpcMode", "--ipc", &[r#""private""#]),
+    unless("Isolation", "--isolation", &[r#""default""#]),
+    no("KernelMemory", "--kernel-memory"),
+    no("KernelMemoryTCP", "--kernel-memory-tcp"),
+    no("Links", "--link"),
+    unless("MemorySwappiness", "--memory-swappiness", &["-1"]),
+    no("Mounts", "--mount"),
+    no("OomKillDisable", "--oom-kill-disable"),
+    no("PidMode", "--pid"),
+    no("PortBindings", "--publish"),
+    no("Privileged", "--privileged"),
+    no("PublishAllPorts", "--publish-all"),
+    no("Runtime", "--runtime"),
+    no("StorageOpt", "--storage-opt"),
+    no("Sysctls", "--sysctl"),
+    no("UTSMode", "--uts"),
+    no("UsernsMode", "--userns"),
+    no("VolumeDriver", "--volume-driver"),
+    no("VolumesFrom", "--volumes-from"),
+];
+
+const EXEC: &[Refused] = &[];
+
+/// Refuses what cannot be given of a `Config`.
+pub(super) fn check_config(members: &Map<String, Value>) -> Result<()> {
+    check(members, CONFIG, "")
+}
+
+/// Refuses what cannot be given of a `HostConfig`.
+pub(super) fn check_host_config(members: &Map<String, Value>) -> Result<()> {
+    check(members, HOST_CONFIG, "HostConfig.")
+}
+
+/// Refuses what cannot be given of an exec's configuration.
+pub(crate) fn check_exec(members: &Map<String, Value>) -> Result<()> {
+    check(members, EXEC, "")
+}
+
+/// Refuses endpoints of networks that say more than which network it is.
+pub(super) fn check_networking(networking: &Map<String, Value>, network_mode: &str) -> Result<()> {
+    let Some(endpoints) = networking.get("EndpointsConfig").and_then(Value::as_object) else { return Ok(()) };
+    for (network, endpoint) in endpoints {
+        if network != network_mode && !matches!(network.as_str(), "default" | "bridge" | "none") {
+            return Err(missing(&format!("--network {network}"), "NetworkingConfig.EndpointsConfig"));
+        }
+        if let Some((member, _)) =
+            endpoint.as_object().and_then(|all| all.iter().find(|(_, value)| !is_empty(value)))
+        {
+            return Err(missing(member, &format!("NetworkingConfig.EndpointsConfig.{network}.{member}")));
+        }
+    }
+    Ok(())
+}
+
+/// The error for an option that is not there yet.
+pub(super) fn missing(option: &str, member: &str) -> Error {
+    let shown: String = option.chars().take(120).collect();
+    Error::unsupported(format!("{shown} ({member}) is not supported by Coracle yet: leave it out"))
+}
+
+fn check(members: &Map<String, Value>, table: &[Refused], prefix: &str) -> Result<()> {
+    for Refused { member, option, harmless } in table {
+        let Some(value) = members.get(*member) else { continue };
+        let accepted = || {
+            harmless.iter().any(|text| serde_json::from_str::<Value>(text).is_ok_and(|known| known == *value))
+        };
+        if !is_empty(value) && !accepted() {
+            return Err(missing(option, &format!("{prefix}{member}")));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a value is what a Go client sends for "not set".
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(set) => !set,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(members) => members.values().all(is_empty),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn object(json: &str) -> Map<String, Value> {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn defaults_are_accepted_and_everything_else_is_refused_by_name() {
+        let defaults = r#"{"Binds":null,"Privileged":false,"MemorySwappiness":-1,"PortBindings":{},"IpcMode":"","BlkioWeight":0}"#;
+        assert!(check_host_config(&object(defaults)).is_ok());
+        for (json, option) in [
+            (r#"{"Binds":["/a:/b"]}"#, "--volume"),
+            (r#"{"Privileged":true}"#, "--privileged"),
+            (r#"{"PortBindings":{"80/tcp":[{"HostPort":"80"}]}}"#, "--publish"),
+            (r#"{"PidMode":"host"}"#, "--pid"),
+            (r#"{"MemorySwappiness":50}"#, "--memory-swappiness"),
+        ] {
+            let error = check_host_config(&object(json)).unwrap_err();
+            assert_eq!(error.status(), 501);
+            assert!(error.to_string().starts_with(option), "{error}");
+        }
+    }
+
+    #[test]
+    fn endpoints_may_name_the_network_and_no_more() {
+        let default =
+            r#"{"EndpointsConfig":{"default":{"IPAMConfig":{},"Links":null,"NetworkID":"","GwPriority":0}}}"#;
+        assert!(check_networking(&object(default), "default").is_ok());
+        let aliased = r#"{"EndpointsConfig":{"default":{"Aliases":["x"]}}}"#;
+        assert!(check_networking(&object(aliased), "default").is_err());
+        assert!(check_networking(&object(r#"{"EndpointsConfig":{"mine":{}}}"#), "default").is_err());
+    }
+
+    #[test]
+    fn every_member_that_docker_knows_is_supported_or_refused() {
+        use bollard_stubs::models;
+        let known = |json: Value| json.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        let ours = known(
+            serde_json::to_value(super::super::config::HostConfig { init: Some(true), ..Default::default() })
+                .unwrap(),
+        );
+        // Every member of the model that has a value by default is one that its type gives; the others are listed from
+        // the model's own field names.
+        let text = format!("{:?}", models::HostConfig::default());
+        let refused: Vec<String> = HOST_CONFIG.iter().map(|r| r.member.to_owned()).collect();
+        let squeeze = |name: &str| name.replace('_', "").to_lowercase();
+        let covered: Vec<String> = ours.iter().chain(&refused).map(|name| squeeze(name)).collect();
+        let mut fields = 0;
+        for field in
+            text.split(['{', ',']).filter_map(|part| part.split_once(':')).map(|(name, _)| name.trim())
+        {
+            fields += 1;
+            assert!(covered.contains(&squeeze(field)), "HostConfig.{field} is neither supported nor refused");
+        }
+        assert!(fields > 50, "the model's fields were not found: {text}");
+    }
+}

@@ -1,0 +1,177 @@
+//! From a container's record to what the agent is told to start.
+
+use coracle_agent_api::{ContainerSpec, InjectedFile, Layer, ProcessSpec, TerminalSize};
+
+use super::{
+    capability,
+    config::{Config, env_name},
+    options,
+    record::Record,
+};
+use crate::error::Result;
+
+/// Docker's search path for programs.
+const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+const MASKED_PATHS: &[&str] = &[
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+];
+const READONLY_PATHS: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// Builds the specification.
+pub(crate) fn build(record: &Record, layers: Vec<Layer>) -> Result<ContainerSpec> {
+    let host = &record.host_config;
+    Ok(ContainerSpec {
+        layers,
+        hostname: record.config.hostname.clone(),
+        domainname: record.config.domainname.clone(),
+        process: process(record)?,
+        readonly_rootfs: host.readonly_rootfs,
+        init: host.init.unwrap_or(false),
+        shm_size: u64::try_from(host.shm_size)
+            .ok()
+            .filter(|size| *size > 0)
+            .unwrap_or(options::DEFAULT_SHM.unsigned_abs()),
+        tmpfs: options::tmpfs(host)?,
+        files: files(record)?,
+        masked_paths: paths(host.masked_paths.as_ref(), MASKED_PATHS),
+        readonly_paths: paths(host.readonly_paths.as_ref(), READONLY_PATHS),
+        resources: options::resources(host)?,
+    })
+}
+
+fn process(record: &Record) -> Result<ProcessSpec> {
+    let (config, host) = (&record.config, &record.host_config);
+    let [rows, cols] = host.console_size.map(|size| u16::try_from(size).unwrap_or(u16::MAX));
+    Ok(ProcessSpec {
+        args: config.command(),
+        env: environment(config, &[]),
+        cwd: working_dir(config),
+        user: config.user.clone(),
+        additional_groups: host.group_add.clone(),
+        tty: config.tty,
+        terminal_size: (config.tty && rows > 0 && cols > 0).then_some(TerminalSize { rows, cols }),
+        stdin: config.open_stdin,
+        capabilities: capability::resolve(&host.cap_add, &host.cap_drop)?,
+        no_new_privileges: options::no_new_privileges(&host.security_opt)?,
+        rlimits: options::rlimits(&host.ulimits)?,
+        oom_score_adj: i16::try_from(host.oom_score_adj).ok().filter(|value| *value != 0),
+    })
+}
+
+/// The working directory of a container's processes.
+pub(crate) fn working_dir(config: &Config) -> String {
+    if config.working_dir.is_empty() { "/".to_owned() } else { config.working_dir.clone() }
+}
+
+/// The environment: Docker's own variables, then the container's, then further ones; the last of a name wins, and one without
+/// `=` takes the name away.
+pub(crate) fn environment(config: &Config, further: &[String]) -> Vec<String> {
+    let mut env = vec![DEFAULT_PATH.to_owned(), format!("HOSTNAME={}", config.hostname)];
+    if config.tty {
+        env.push("TERM=xterm".to_owned());
+    }
+    for variable in config.env.iter().chain(further) {
+        set(&mut env, variable);
+    }
+    env
+}
+
+/// Sets a variable, or takes it away if there is no `=`.
+fn set(env: &mut Vec<String>, variable: &str) {
+    let known = env.iter().position(|other| env_name(other) == env_name(variable));
+    match (known, variable.contains('=')) {
+        (Some(at), true) => variable.clone_into(&mut env[at]),
+        (Some(at), false) => drop(env.remove(at)),
+        (None, true) => env.push(variable.to_owned()),
+        (None, false) => {}
+    }
+}
+
+fn files(record: &Record) -> Result<Vec<InjectedFile>> {
+    let Config { hostname, domainname, .. } = &record.config;
+    let mut hosts = String::from(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff00::\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
+    );
+    let names =
+        if domainname.is_empty() { hostname.clone() } else { format!("{hostname}.{domainname} {hostname}") };
+    hosts.push_str(&format!("127.0.1.1\t{names}\n"));
+    for host in &record.host_config.extra_hosts {
+        hosts.push_str(&options::hosts_line(host)?);
+    }
+    let file = |path: &str, contents: String| InjectedFile { path: path.to_owned(), contents };
+    Ok(vec![
+        file("/etc/hostname", format!("{hostname}\n")),
+        file("/etc/hosts", hosts),
+        file(
+            "/etc/resolv.conf",
+            "# This container has a loopback interface only: there is no one to ask.\n".to_owned(),
+        ),
+    ])
+}
+
+fn paths(given: Option<&Vec<String>>, defaults: &[&str]) -> Vec<String> {
+    given.cloned().unwrap_or_else(|| defaults.iter().map(|path| (*path).to_owned()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{container::options::CreateRequest, sandbox::SandboxId};
+
+    fn spec(json: &str) -> ContainerSpec {
+        let CreateRequest { config, host_config } = CreateRequest::parse(json.as_bytes()).unwrap();
+        let image = format!("sha256:{}", "0".repeat(64)).parse().unwrap();
+        let id = "a".repeat(64).parse().unwrap();
+        let name = "web".to_owned();
+        let record =
+            Record::new(id, name, SandboxId::shared(), &image, "linux/amd64".to_owned(), config, host_config);
+        build(&record, Vec::new()).unwrap()
+    }
+
+    #[test]
+    fn a_plain_container_gets_dockers_defaults() {
+        let spec = spec(r#"{"Image":"x","Cmd":["a","b"],"Hostname":"h"}"#);
+        assert_eq!(spec.process.args, ["a", "b"]);
+        assert_eq!(spec.process.cwd, "/");
+        assert_eq!(spec.process.env, [DEFAULT_PATH, "HOSTNAME=h"]);
+        assert_eq!(spec.process.capabilities.len(), 14);
+        assert_eq!(spec.shm_size, 64 << 20);
+        assert!(spec.masked_paths.contains(&"/proc/kcore".to_owned()));
+        assert!(!spec.process.stdin && !spec.process.tty && !spec.init);
+    }
+
+    #[test]
+    fn the_environment_is_overridden_and_taken_away() {
+        let spec = spec(r#"{"Image":"x","Cmd":["a"],"Tty":true,"Env":["PATH=/x","HOSTNAME","A=1"]}"#);
+        assert_eq!(spec.process.env, ["PATH=/x", "TERM=xterm", "A=1"]);
+    }
+
+    #[test]
+    fn options_reach_the_agent() {
+        let spec = spec(
+            r#"{"Image":"x","Cmd":["a"],"Tty":true,"OpenStdin":true,"HostConfig":{"ConsoleSize":[40,120],"Init":true,
+                "ReadonlyRootfs":true,"Tmpfs":{"/tmp":"size=1m"},"MaskedPaths":[],"CapDrop":["ALL"],"GroupAdd":["7"],
+                "SecurityOpt":["no-new-privileges"],"Ulimits":[{"Name":"nofile","Soft":10,"Hard":-1}],"OomScoreAdj":-5,
+                "ExtraHosts":["db:10.0.0.1"]}}"#,
+        );
+        assert_eq!(spec.process.terminal_size, Some(TerminalSize { rows: 40, cols: 120 }));
+        assert!(spec.init && spec.readonly_rootfs && spec.process.no_new_privileges && spec.process.stdin);
+        assert_eq!(spec.tmpfs[0].options, "size=1m");
+        assert!(spec.masked_paths.is_empty() && spec.process.capabilities.is_empty());
+        assert_eq!((spec.process.rlimits[0].soft, spec.process.rlimits[0].hard), (10, u64::MAX));
+        assert_eq!(spec.process.oom_score_adj, Some(-5));
+        assert!(spec.files[1].contents.ends_with("10.0.0.1\tdb\n"));
+    }
+}

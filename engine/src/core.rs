@@ -1,0 +1,282 @@
+//! What every part of the engine shares, and how the engine comes up and goes down.
+
+use std::{
+    collections::{HashMap, HashSet},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use coracle_agent_api::{AgentState, ProcessId, ProcessState};
+use coracle_image_store::ImageStore;
+use futures_util::future::join_all;
+use tokio::sync::{Notify, RwLock, oneshot};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    container::{
+        Container,
+        actor::{self, Message},
+        record::{ContainerId, Record},
+        registry::Registry,
+        signal,
+        state::Status,
+    },
+    error::{Error, Result, chain},
+    events::Events,
+    exec::Execs,
+    io::{Fanout, Pump},
+    sandbox::{SandboxFactory, SandboxId},
+    sandboxes::{Host, Sandboxes},
+    store::Store,
+    time::UnixNanos,
+    timings::Timings,
+};
+
+/// What an engine is made for.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Where the state file and the containers' logs are kept; made if it does not exist.
+    pub home: PathBuf,
+    /// The product's version, as `docker version` shows it.
+    pub version: String,
+    /// The commit it was built from; may be empty.
+    pub git_commit: String,
+}
+
+pub(crate) struct Core {
+    pub(crate) config: EngineConfig,
+    pub(crate) images: Arc<ImageStore>,
+    pub(crate) store: Store,
+    pub(crate) sandboxes: Sandboxes,
+    pub(crate) events: Events,
+    pub(crate) containers: Registry,
+    pub(crate) execs: Execs,
+    pub(crate) timings: Timings,
+    /// Held for reading while a container is made of an image, for writing while an image is removed.
+    pub(crate) image_gate: RwLock<()>,
+    /// Everything is to end; what runs in sandboxes is to go on.
+    pub(crate) closing: CancellationToken,
+    /// Everything in sandboxes has ended; the daemon is to end too.
+    pub(crate) down: Notify,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) started: UnixNanos,
+}
+
+impl Core {
+    /// Opens the state and takes over what still runs.
+    pub(crate) async fn open(
+        config: EngineConfig,
+        images: Arc<ImageStore>,
+        sandboxes: Arc<dyn SandboxFactory>,
+    ) -> Result<Arc<Self>> {
+        let home = config.home.clone();
+        let opened = tokio::task::spawn_blocking(move || open_home(&home)).await??;
+        let (store, records) = opened;
+        let core = Arc::new(Self {
+            config,
+            images,
+            store,
+            sandboxes: Sandboxes::new(sandboxes),
+            events: Events::new(),
+            containers: Registry::default(),
+            execs: Execs::default(),
+            timings: Timings::default(),
+            image_gate: RwLock::default(),
+            closing: CancellationToken::new(),
+            down: Notify::new(),
+            tasks: TaskTracker::new(),
+            started: UnixNanos::now(),
+        });
+        core.load(records).await?;
+        core.take_over().await;
+        core.finish_removals().await;
+        Ok(core)
+    }
+
+    /// Lets go of everything; what runs in sandboxes goes on.
+    pub(crate) async fn close(self: &Arc<Self>) {
+        self.closing.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        let core = Arc::clone(self);
+        let _ = tokio::task::spawn_blocking(move || core.store.close()).await;
+    }
+
+    pub(crate) fn container_folder(&self, id: &ContainerId) -> PathBuf {
+        self.config.home.join("containers").join(id.as_str())
+    }
+
+    /// Makes sure that a sandbox runs.
+    pub(crate) async fn start_sandbox(&self, host: &Host) -> Result<()> {
+        host.start(|| self.containers_in(host.id())).await.map(drop)
+    }
+
+    fn containers_in(&self, sandbox: &SandboxId) -> Vec<ProcessId> {
+        let all = self.containers.all();
+        all.iter()
+            .filter(|container| container.record().sandbox == *sandbox)
+            .map(|container| container.id().clone())
+            .collect()
+    }
+
+    /// Stops all containers, shuts all sandboxes down, and lets the daemon end.
+    pub(crate) async fn go_down(&self, timeout: Option<i64>) -> Result<()> {
+        let containers = self.containers.all();
+        let stops =
+            containers.iter().filter(|container| container.is_running()).map(|container| async move {
+                if let Err(error) = container.stop(None, timeout).await {
+                    tracing::warn!(%error, "a container did not stop");
+                }
+            });
+        join_all(stops).await;
+        for host in self.sandboxes.all() {
+            host.stop().await?;
+        }
+        self.down.notify_one();
+        Ok(())
+    }
+
+    async fn load(self: &Arc<Self>, records: Vec<(String, Vec<u8>)>) -> Result<()> {
+        let mut known = HashSet::new();
+        for (id, bytes) in records {
+            known.insert(id.clone());
+            let mut record = match Record::decode(&bytes) {
+                Ok(record) => record,
+                Err(error) => {
+                    tracing::error!(
+                        id,
+                        error = chain(&error),
+                        "the record of a container cannot be used; it is left as it is"
+                    );
+                    continue;
+                }
+            };
+            match self.containers.reserve(Some(&record.name), &record.id) {
+                Ok(_) => {}
+                Err(error) => {
+                    record.name = self.containers.reserve(None, &record.id)?;
+                    tracing::error!(id, %error, name = record.name, "a container gets another name");
+                }
+            }
+            std::fs::create_dir_all(self.container_folder(&record.id))
+                .map_err(|error| Error::internal(format!("cannot make a container's folder: {error}")))?;
+            self.containers.insert(&actor::spawn(self, record)?);
+        }
+        remove_orphans(&self.config.home.join("containers"), &known);
+        Ok(())
+    }
+
+    /// Finds sandboxes that an earlier daemon started, and what became of their containers.
+    async fn take_over(self: &Arc<Self>) {
+        let mut by_sandbox: HashMap<SandboxId, Vec<Arc<Container>>> = HashMap::new();
+        by_sandbox.insert(SandboxId::shared(), Vec::new());
+        for container in self.containers.all() {
+            by_sandbox.entry(container.record().sandbox.clone()).or_default().push(container);
+        }
+        let all = by_sandbox
+            .into_iter()
+            .map(|(id, containers)| self.take_over_sandbox(self.sandboxes.get(&id), containers));
+        join_all(all).await;
+    }
+
+    async fn take_over_sandbox(self: &Arc<Self>, host: Arc<Host>, containers: Vec<Arc<Container>>) {
+        let (state, reason) = match self.sandbox_state(&host).await {
+            Ok(Some(state)) => (state, "its end was lost while the daemon was away"),
+            Ok(None) => (AgentState::default(), "its sandbox ended while the daemon was away"),
+            Err(error) => {
+                tracing::error!(sandbox = %host.id(), %error, "cannot take a sandbox over; its containers count as ended");
+                (AgentState::default(), "its sandbox could not be reached after a restart of the daemon")
+            }
+        };
+        host.adopted(&state.layers).await;
+        let mut processes: HashMap<ProcessId, ProcessState> =
+            state.processes.into_iter().map(|process| (process.id.clone(), process)).collect();
+        let mut told = Vec::new();
+        for container in containers {
+            let (done, finished) = oneshot::channel();
+            match processes.remove(container.id()) {
+                Some(process) => container.tell(Message::Resume { process: Box::new(process), done }).await,
+                None if container.is_running() => {
+                    container.tell(Message::Lost { reason: reason.to_owned(), done }).await
+                }
+                None => continue,
+            }
+            told.push(finished);
+        }
+        join_all(told).await;
+        for process in processes.into_values() {
+            self.see_off(&host, process);
+        }
+    }
+
+    async fn sandbox_state(&self, host: &Host) -> Result<Option<AgentState>> {
+        match host.adopt().await? {
+            Some(_) => Ok(Some(host.agent().state().await?)),
+            None => Ok(None),
+        }
+    }
+
+    /// A process that no record speaks of: an exec whose client is gone, or a container whose creation was never acknowledged.
+    /// An exec may run to its end; its output goes nowhere.
+    fn see_off(self: &Arc<Self>, host: &Arc<Host>, process: ProcessState) {
+        let agent = host.agent().clone();
+        let is_container = process.id == process.container;
+        let pump = Pump {
+            agent: agent.clone(),
+            sandbox: host.state(),
+            process: process.id.clone(),
+            fanout: Arc::<Fanout>::default(),
+            log: None,
+            after: process.acknowledged,
+            linger: Duration::ZERO,
+            trace: None,
+        };
+        let attended = async move {
+            if is_container {
+                let _ = agent.signal(&process.id, signal::SIGKILL).await;
+            }
+            pump.run().await;
+            let _ = agent.forget(&process.id).await;
+            if is_container {
+                let _ = agent.remove_container(&process.id).await;
+            }
+        };
+        self.tasks.spawn(self.closing.clone().run_until_cancelled_owned(attended));
+    }
+
+    /// Removes containers that were to go when they ended, and whose daemon ended first.
+    async fn finish_removals(&self) {
+        for container in self.containers.all() {
+            let record = container.record();
+            if record.host_config.auto_remove
+                && record.state.status == Status::Exited
+                && let Err(error) = container.remove(false).await
+            {
+                tracing::error!(%error, name = record.name, "cannot remove a container");
+            }
+        }
+    }
+}
+
+type Records = Vec<(String, Vec<u8>)>;
+
+fn open_home(home: &Path) -> Result<(Store, Records)> {
+    let folder = home.join("containers");
+    std::fs::create_dir_all(&folder)
+        .map_err(|error| Error::internal(format!("cannot make the folder {}: {error}", folder.display())))?;
+    Ok(Store::open(&home.join("state.redb"))?)
+}
+
+/// Removes folders of containers that are not in the state: their creation or their removal was not finished.
+fn remove_orphans(folder: &Path, known: &HashSet<String>) {
+    let Ok(entries) = std::fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let is_ours =
+            name.to_str().is_some_and(|name| name.parse::<ContainerId>().is_ok() && !known.contains(name));
+        if is_ours && let Err(error) = std::fs::remove_dir_all(entry.path()) {
+            tracing::warn!(folder = %entry.path().display(), %error, "cannot remove what is left of a container");
+        }
+    }
+}

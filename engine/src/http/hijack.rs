@@ -1,0 +1,150 @@
+//! Connections that stop being HTTP: `Connection: Upgrade, Upgrade: tcp`, then bytes in both directions.
+
+use bytes::Bytes;
+use http::{HeaderValue, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+};
+
+use super::{Request, Response, body, version::ApiVersion};
+use crate::{
+    error::{Error, Result},
+    logs::Stream,
+};
+
+/// Content type of streams in which stdout and stderr are told apart.
+pub(crate) const MULTIPLEXED: &str = "application/vnd.docker.multiplexed-stream";
+/// Content type of all other streams.
+pub(crate) const RAW: &str = "application/vnd.docker.raw-stream";
+/// Since this version, clients want to be told that a stream is multiplexed.
+const TELLS_MULTIPLEXED: ApiVersion = ApiVersion(1, 42);
+
+/// How much a client's input is read at once.
+const BLOCK: usize = 64 * 1024;
+
+/// The content type of a process's output.
+pub(crate) fn content_type(tty: bool, version: ApiVersion) -> &'static str {
+    if !tty && version >= TELLS_MULTIPLEXED { MULTIPLEXED } else { RAW }
+}
+
+/// What a client sends.
+pub(crate) struct Incoming {
+    buffered: Bytes,
+    half: OwnedReadHalf,
+}
+
+impl Incoming {
+    /// The next bytes; `None` when the client has closed its side, or is gone.
+    pub(crate) async fn next(&mut self) -> Option<Bytes> {
+        if !self.buffered.is_empty() {
+            return Some(std::mem::take(&mut self.buffered));
+        }
+        let mut block = bytes::BytesMut::with_capacity(BLOCK);
+        match self.half.read_buf(&mut block).await {
+            Ok(0) | Err(_) => None,
+            Ok(_) => Some(block.freeze()),
+        }
+    }
+}
+
+/// What a client is sent.
+pub(crate) struct Outgoing {
+    half: OwnedWriteHalf,
+}
+
+impl Outgoing {
+    /// Sends bytes; an error means that the client is gone.
+    pub(crate) async fn send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.half.write_all(bytes).await
+    }
+
+    /// Says that nothing follows.
+    pub(crate) async fn close(&mut self) {
+        let _ = self.half.shutdown().await;
+    }
+}
+
+/// Whether the client can be given the connection.
+pub(crate) fn wants_upgrade(request: &Request) -> bool {
+    let is = |name: header::HeaderName, wanted: &str| {
+        let values = request.headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|value| value.trim().eq_ignore_ascii_case(wanted))
+    };
+    is(header::CONNECTION, "upgrade") && is(header::UPGRADE, "tcp")
+}
+
+/// Answers 101 and gives the connection to `session` when the answer is out.
+pub(crate) fn hijack<S, F>(request: &mut Request, content_type: &'static str, session: S) -> Result<Response>
+where
+    S: FnOnce(Incoming, Outgoing) -> F + Send + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let upgrade =
+        request.upgrade.take().ok_or_else(|| Error::invalid("this connection cannot be upgraded"))?;
+    let closing = request.core.closing.clone();
+    request.core.tasks.spawn(closing.run_until_cancelled_owned(async move {
+        let Ok(upgraded) = upgrade.await else { return };
+        // The server serves nothing but Unix sockets.
+        let Ok(parts) = upgraded.downcast::<TokioIo<UnixStream>>() else { return };
+        let (half, write_half) = parts.io.into_inner().into_split();
+        session(Incoming { buffered: parts.read_buf, half }, Outgoing { half: write_half }).await;
+    }));
+    let mut response = body::empty(StatusCode::SWITCHING_PROTOCOLS);
+    let headers = response.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("tcp"));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    Ok(response)
+}
+
+/// How output is put on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Framing {
+    /// As it is.
+    Raw,
+    /// With a header of eight bytes before each piece: `[stream, 0, 0, 0, length as u32 BE]`.
+    Multiplexed,
+}
+
+impl Framing {
+    pub(crate) fn of(tty: bool) -> Self {
+        if tty { Self::Raw } else { Self::Multiplexed }
+    }
+
+    /// Bytes of a process.
+    pub(crate) fn frame(self, stream: Stream, bytes: &[u8]) -> Bytes {
+        let kind = match stream {
+            Stream::Stdout => 1,
+            Stream::Stderr => 2,
+        };
+        self.with_kind(kind, bytes)
+    }
+
+    /// An error of ours in the middle of a stream.
+    pub(crate) fn error(self, message: &str) -> Bytes {
+        match self {
+            Self::Raw => format!("{message}\r\n").into(),
+            Self::Multiplexed => self.with_kind(3, message.as_bytes()),
+        }
+    }
+
+    fn with_kind(self, kind: u8, bytes: &[u8]) -> Bytes {
+        match self {
+            Self::Raw => Bytes::copy_from_slice(bytes),
+            Self::Multiplexed => {
+                // Pieces are far shorter than 4 GiB.
+                let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_be_bytes();
+                let mut frame = Vec::with_capacity(8 + bytes.len());
+                frame.extend_from_slice(&[kind, 0, 0, 0]);
+                frame.extend_from_slice(&len);
+                frame.extend_from_slice(bytes);
+                frame.into()
+            }
+        }
+    }
+}

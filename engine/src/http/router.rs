@@ -1,0 +1,145 @@
+//! From a method and a path to the code that answers; and for what Docker has and Coracle has not yet, a sentence.
+
+use super::{Request, Response};
+use crate::{
+    api::{attach, containers, create, events, exec, images, load, logs, private, prune, system, wait},
+    error::{Error, Result},
+};
+
+/// Answers a request.
+pub(super) async fn route(request: Request) -> Result<Response> {
+    let method = request.method.as_str().to_owned();
+    let segments: Vec<String> = request.segments.clone();
+    let path: Vec<&str> = segments.iter().map(String::as_str).collect();
+    match (method.as_str(), path.as_slice()) {
+        ("GET" | "HEAD", ["_ping"]) => Ok(system::ping()),
+        ("GET", ["version"]) => Ok(system::version(&request)),
+        ("GET", ["info"]) => system::info(&request).await,
+        ("GET", ["events"]) => events::events(&request),
+        ("GET", ["system", "df"]) => system::disk_usage(&request).await,
+
+        ("GET", ["images", "json"]) => images::list(&request).await,
+        ("POST", ["images", "load"]) => load::load(request).await,
+        ("POST", ["images", "create"]) => Err(images::no_pull(&request)),
+        ("GET", ["images", name @ .., "json"]) if !name.is_empty() => {
+            images::inspect(&request, &name.join("/")).await
+        }
+        ("GET", ["images", name @ .., "history"]) if !name.is_empty() => {
+            images::history(&request, &name.join("/")).await
+        }
+        ("POST", ["images", name @ .., "tag"]) if !name.is_empty() => {
+            images::tag(&request, &name.join("/")).await
+        }
+        ("DELETE", ["images", name @ ..]) if !name.is_empty() => {
+            images::remove(&request, &name.join("/")).await
+        }
+
+        ("GET", ["containers", "json"]) => containers::list(&request),
+        ("POST", ["containers", "create"]) => create::create(request).await,
+        ("POST", ["containers", "prune"]) => prune::containers(&request).await,
+        ("GET", ["containers", id, "json"]) => containers::inspect(&request, id).await,
+        ("POST", ["containers", id, "start"]) => containers::start(&request, id).await,
+        ("POST", ["containers", id, "stop"]) => containers::stop(&request, id).await,
+        ("POST", ["containers", id, "restart"]) => containers::restart(&request, id).await,
+        ("POST", ["containers", id, "kill"]) => containers::kill(&request, id).await,
+        ("POST", ["containers", id, "wait"]) => wait::wait(&request, id),
+        ("POST", ["containers", id, "rename"]) => containers::rename(&request, id).await,
+        ("POST", ["containers", id, "resize"]) => containers::resize(&request, id).await,
+        ("GET", ["containers", id, "logs"]) => logs::logs(&request, id),
+        ("POST", ["containers", id, "attach"]) => attach::attach(request, id),
+        ("DELETE", ["containers", id]) => containers::remove(&request, id).await,
+
+        ("POST", ["containers", id, "exec"]) => exec::create(request, id).await,
+        ("POST", ["exec", id, "start"]) => exec::start(request, id).await,
+        ("GET", ["exec", id, "json"]) => exec::inspect(&request, id),
+        ("POST", ["exec", id, "resize"]) => exec::resize(&request, id).await,
+
+        ("GET", ["coracle", "status"]) => private::status(&request).await,
+        ("GET", ["coracle", "timings", container]) => private::timings(&request, container),
+        ("GET", ["coracle", "vm", "kmsg"]) => private::kmsg(&request).await,
+        ("POST", ["coracle", "down"]) => private::down(&request).await,
+
+        (method, path) => Err(missing(method, path)),
+    }
+}
+
+/// The error for a route that is Docker's but not here yet, or no one's.
+fn missing(method: &str, path: &[&str]) -> Error {
+    let sentence = match (method, path) {
+        ("POST", ["build"]) | ("POST", ["session"] | ["grpc"]) => {
+            "building images is not supported by Coracle yet: build elsewhere and use `docker load`"
+        }
+        (_, ["networks", ..]) => {
+            "networks are not supported by Coracle yet: containers have a loopback interface only"
+        }
+        (_, ["volumes", ..]) => {
+            "volumes are not supported by Coracle yet: data lives in a container's writable layer"
+        }
+        (_, ["swarm" | "services" | "tasks" | "nodes" | "secrets" | "configs", ..]) => {
+            "swarm mode is not supported by Coracle: run containers one by one or with Compose"
+        }
+        (_, ["plugins", ..]) => "plugins are not supported by Coracle",
+        ("POST", ["auth"]) | ("GET", ["distribution", ..]) | ("GET", ["images", "search"]) => {
+            "registries are not supported by Coracle yet: use `docker load`"
+        }
+        ("POST", ["images", .., "push"]) => {
+            "pushing is not supported by Coracle yet: use another tool to copy images to a registry"
+        }
+        ("GET", ["images", .., "get"]) => {
+            "saving images is not supported by Coracle yet: keep the archive that was loaded"
+        }
+        ("POST", ["images", "prune"]) => "pruning images is not supported by Coracle yet: use `docker rmi`",
+        ("POST", ["commit"]) => {
+            "committing containers is not supported by Coracle yet: build an image elsewhere and use `docker load`"
+        }
+        ("POST", ["build", "prune"]) => "there is no build cache to prune in Coracle yet",
+        ("POST", ["containers", _, "pause" | "unpause"]) => {
+            "pausing containers is not supported by Coracle yet: use `docker stop`"
+        }
+        ("POST", ["containers", _, "update"]) => {
+            "changing limits of a container is not supported by Coracle yet: create it anew"
+        }
+        ("GET", ["containers", _, "top"]) => {
+            "listing processes is not supported by Coracle yet: use `docker exec CONTAINER ps`"
+        }
+        ("GET", ["containers", _, "stats"]) => {
+            "statistics are not supported by Coracle yet: read /sys/fs/cgroup inside the container"
+        }
+        ("GET", ["containers", _, "changes"]) => "listing changed files is not supported by Coracle yet",
+        ("GET", ["containers", _, "export"]) => {
+            "exporting containers is not supported by Coracle yet: use `docker exec CONTAINER tar`"
+        }
+        ("GET" | "PUT" | "HEAD", ["containers", _, "archive"]) => {
+            "copying files is not supported by Coracle yet: use `docker exec -i CONTAINER tar`"
+        }
+        ("GET", ["containers", _, "attach", "ws"]) => {
+            "attaching by WebSocket is not supported by Coracle: use a hijacked connection"
+        }
+        _ => return Error::not_found("page not found"),
+    };
+    Error::unsupported(sentence)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dockers_own_routes_are_refused_with_a_sentence_and_others_not_found() {
+        for (method, path) in [
+            ("POST", "build"),
+            ("GET", "networks"),
+            ("POST", "networks/create"),
+            ("GET", "volumes"),
+            ("GET", "containers/x/stats"),
+            ("HEAD", "containers/x/archive"),
+            ("GET", "images/a/b/get"),
+            ("POST", "swarm/init"),
+        ] {
+            let path: Vec<&str> = path.split('/').collect();
+            assert_eq!(missing(method, &path).status(), 501, "{method} {path:?}");
+        }
+        assert_eq!(missing("GET", &["frobnicate"]).status(), 404);
+        assert_eq!(missing("GET", &[""]).to_string(), "page not found");
+    }
+}

@@ -1,0 +1,286 @@
+//! A sandbox without a VM: the agent as an ordinary root process on this machine. A seam for tests, not a product mode.
+//!
+//! The agent outlives the object and the process that made it, as a VM outlives the daemon: its pid is kept in a file, its API
+//! is a Unix socket, and a later object with the same folder adopts it. Layers are read where they are.
+
+use std::{
+    io,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use coracle_agent_api::{DiffId, Hello, LayerSource};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    fd::OwnedFd,
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::{Mutex, watch},
+};
+
+use super::{BootPhase, Running, Sandbox, SandboxError, SandboxId, SandboxState};
+
+/// The agent must be ready within this.
+const START_TIME: Duration = Duration::from_secs(30);
+/// The agent must end within this after SIGTERM.
+const STOP_TIME: Duration = Duration::from_secs(15);
+const MAX_HELLO: u64 = 64 * 1024;
+
+/// See the module.
+pub struct ProcessSandbox {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    id: SandboxId,
+    program: PathBuf,
+    folder: PathBuf,
+    state: watch::Sender<SandboxState>,
+    instances: AtomicU64,
+    starting: Mutex<()>,
+}
+
+impl ProcessSandbox {
+    /// A sandbox whose agent is `program` and which keeps everything in `folder`.
+    pub fn new(id: SandboxId, program: &Path, folder: &Path) -> Self {
+        let (state, _) = watch::channel(SandboxState::Stopped);
+        let (program, folder) = (program.to_owned(), folder.to_owned());
+        Self {
+            shared: Arc::new(Shared {
+                id,
+                program,
+                folder,
+                state,
+                instances: AtomicU64::new(0),
+                starting: Mutex::default(),
+            }),
+        }
+    }
+
+    /// The agent's process id, if it runs.
+    pub fn pid(&self) -> Option<i32> {
+        self.shared.read_pid().map(Pid::as_raw_nonzero).map(i32::from)
+    }
+}
+
+impl Shared {
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    fn failed(&self, reason: impl std::fmt::Display) -> SandboxError {
+        SandboxError::Start { id: self.id.clone(), reason: reason.to_string() }
+    }
+
+    fn read_pid(&self) -> Option<Pid> {
+        let text = std::fs::read_to_string(self.path("agent.pid")).ok()?;
+        Pid::from_raw(text.trim().parse().ok()?)
+    }
+
+    fn current(&self) -> Option<Arc<Running>> {
+        self.state.borrow().running().cloned()
+    }
+
+    async fn start(self: &Arc<Self>) -> Result<Arc<Running>, SandboxError> {
+        let _one = self.starting.lock().await;
+        if let Some(running) = self.current() {
+            return Ok(running);
+        }
+        if let Some(running) = self.take_over().await {
+            return Ok(running);
+        }
+        self.state.send_replace(SandboxState::Starting);
+        match self.boot().await {
+            Ok(running) => Ok(running),
+            Err(error) => {
+                self.state.send_replace(SandboxState::Died { reason: error.to_string() });
+                Err(self.failed(error))
+            }
+        }
+    }
+
+    async fn boot(self: &Arc<Self>) -> io::Result<Arc<Running>> {
+        let begun = Instant::now();
+        std::fs::create_dir_all(&self.folder)?;
+        for name in ["ready.sock", "agent.sock"] {
+            let _ = std::fs::remove_file(self.path(name));
+        }
+        let ready = UnixListener::bind(self.path("ready.sock"))?;
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("agent.log"))?;
+        let mut command = Command::new(&self.program);
+        command.arg("--listen-unix").arg(self.path("agent.sock"));
+        command.arg("--ready-unix").arg(self.path("ready.sock"));
+        command.arg("--data-dir").arg(self.path("data"));
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
+        let mut child = command.spawn()?;
+        let pid = child.id();
+        std::fs::write(self.path("agent.pid"), pid.to_string())?;
+        let pid = i32::try_from(pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .ok_or_else(|| io::Error::other("the agent has no pid"))?;
+        let mut ended = End::watch(pid)?;
+        // Reaps the agent whenever it ends.
+        std::thread::spawn(move || child.wait());
+        let phases = vec![phase("spawned", begun)];
+        let hello = tokio::select! {
+            hello = tokio::time::timeout(START_TIME, hello(&ready)) => hello.map_err(|_| io::Error::other("the agent said nothing"))??,
+            () = ended.wait() => return Err(io::Error::other("the agent ended at once; see agent.log")),
+        };
+        let (hello, connection) = hello;
+        let boot = phases.into_iter().chain([phase("hello", begun)]).collect();
+        drop(connection);
+        Ok(self.running(Running { instance: 0, hello: Some(hello), boot, adopted: false }, ended))
+    }
+
+    /// Finds an agent that an earlier daemon started.
+    async fn take_over(self: &Arc<Self>) -> Option<Arc<Running>> {
+        let pid = self.read_pid()?;
+        let ended = End::watch(pid).ok()?;
+        // Another process may have the number now; only an agent answers on the socket.
+        UnixStream::connect(self.path("agent.sock")).await.ok()?;
+        Some(self.running(Running { instance: 0, hello: None, boot: Vec::new(), adopted: true }, ended))
+    }
+
+    fn running(self: &Arc<Self>, running: Running, mut ended: End) -> Arc<Running> {
+        let instance = self.instances.fetch_add(1, Ordering::Relaxed) + 1;
+        let running = Arc::new(Running { instance, ..running });
+        self.state.send_replace(SandboxState::Running(Arc::clone(&running)));
+        let shared = Arc::clone(self);
+        tokio::spawn(async move {
+            ended.wait().await;
+            shared.state.send_if_modified(|state| {
+                let ours = state.running().is_some_and(|running| running.instance == instance);
+                if ours {
+                    *state = SandboxState::Died { reason: "the agent's process ended".to_owned() };
+                }
+                ours
+            });
+        });
+        running
+    }
+
+    async fn stop(self: &Arc<Self>) -> Result<(), SandboxError> {
+        let _one = self.starting.lock().await;
+        let Some(pid) = self.read_pid() else { return Ok(()) };
+        let Ok(mut ended) = End::watch(pid) else { return Ok(()) };
+        self.state.send_replace(SandboxState::Stopped);
+        let _ = pidfd_send_signal(&ended.pidfd, Signal::TERM);
+        if tokio::time::timeout(STOP_TIME, ended.wait()).await.is_err() {
+            let _ = pidfd_send_signal(&ended.pidfd, Signal::KILL);
+            ended.wait().await;
+        }
+        let _ = std::fs::remove_file(self.path("agent.pid"));
+        Ok(())
+    }
+}
+
+/// The end of a process that may be no child of ours. A thread waits for it.
+struct End {
+    pidfd: Arc<OwnedFd>,
+    ended: watch::Receiver<bool>,
+}
+
+impl End {
+    fn watch(pid: Pid) -> io::Result<Self> {
+        let pidfd = Arc::new(pidfd_open(pid, PidfdFlags::empty())?);
+        let (sender, ended) = watch::channel(false);
+        let waiting = Arc::clone(&pidfd);
+        std::thread::spawn(move || {
+            let mut events = [PollFd::new(&waiting, PollFlags::IN)];
+            while poll(&mut events, None).is_err() {}
+            sender.send_replace(true);
+        });
+        Ok(Self { pidfd, ended })
+    }
+
+    async fn wait(&mut self) {
+        // The sender says true before it goes.
+        let _ = self.ended.wait_for(|ended| *ended).await;
+    }
+}
+
+fn phase(name: &str, begun: Instant) -> BootPhase {
+    BootPhase {
+        name: name.to_owned(),
+        micros: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+    }
+}
+
+async fn hello(ready: &UnixListener) -> io::Result<(Hello, UnixStream)> {
+    let (mut stream, _) = ready.accept().await?;
+    let mut line = String::new();
+    BufReader::new((&mut stream).take(MAX_HELLO)).read_line(&mut line).await?;
+    let hello: Hello = serde_json::from_str(&line).map_err(io::Error::other)?;
+    if hello.api_version != coracle_agent_api::API_VERSION {
+        return Err(io::Error::other(format!("the agent speaks version {} of its API", hello.api_version)));
+    }
+    Ok((hello, stream))
+}
+
+#[async_trait]
+impl Sandbox for ProcessSandbox {
+    fn id(&self) -> &SandboxId {
+        &self.shared.id
+    }
+
+    fn state(&self) -> watch::Receiver<SandboxState> {
+        self.shared.state.subscribe()
+    }
+
+    async fn start(&self) -> Result<Arc<Running>, SandboxError> {
+        let shared = Arc::clone(&self.shared);
+        let started = tokio::spawn(async move { shared.start().await }).await;
+        started.map_err(|error| self.shared.failed(error))?
+    }
+
+    async fn adopt(&self) -> Result<Option<Arc<Running>>, SandboxError> {
+        let _one = self.shared.starting.lock().await;
+        if let Some(running) = self.shared.current() {
+            return Ok(Some(running));
+        }
+        Ok(self.shared.take_over().await)
+    }
+
+    async fn connect(&self) -> Result<UnixStream, SandboxError> {
+        if self.shared.current().is_none() {
+            return Err(SandboxError::NotRunning { id: self.shared.id.clone() });
+        }
+        let connected = UnixStream::connect(self.shared.path("agent.sock")).await;
+        connected.map_err(|error| SandboxError::Io { id: self.shared.id.clone(), source: Arc::new(error) })
+    }
+
+    async fn attach_layer(
+        &self,
+        diff_id: &DiffId,
+        path: &Path,
+        _len: u64,
+    ) -> Result<LayerSource, SandboxError> {
+        let refused = |reason: String| SandboxError::Layer { id: self.shared.id.clone(), reason };
+        let absolute =
+            std::fs::canonicalize(path).map_err(|error| refused(format!("{}: {error}", diff_id.short())))?;
+        let path = absolute
+            .into_os_string()
+            .into_string()
+            .map_err(|_| refused("its path is not UTF-8".to_owned()))?;
+        Ok(LayerSource::File { path })
+    }
+
+    async fn detach_layer(&self, _diff_id: &DiffId) -> Result<(), SandboxError> {
+        Ok(())
+    }
+
+    async fn stop(&self) -> Result<(), SandboxError> {
+        self.shared.stop().await
+    }
+}

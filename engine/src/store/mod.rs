@@ -1,0 +1,179 @@
+//! The engine's facts on disk: one record for each container, in an embedded database that survives `kill -9` and power loss.
+//!
+//! The database is synchronous and has one writer, so writes go over a channel to a thread of their own; what arrives
+//! together is committed together. A write is answered when it is durable. Records are opaque bytes here.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Mutex, mpsc},
+    thread,
+};
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use tokio::sync::oneshot;
+
+const CONTAINERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("containers");
+/// How many writes one commit takes at most.
+const BATCH: usize = 256;
+
+/// Why a record could not be read or written.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StoreError {
+    /// The database failed.
+    #[error("the state file {path} failed: {reason}")]
+    Database {
+        /// The file.
+        path: String,
+        /// What the database said.
+        reason: String,
+    },
+    /// The writer has ended.
+    #[error("the state file is closed")]
+    Closed,
+}
+
+enum Change {
+    Put(Vec<u8>),
+    Delete,
+}
+
+struct Write {
+    key: String,
+    change: Change,
+    done: oneshot::Sender<Result<(), StoreError>>,
+}
+
+/// The open state file.
+pub(crate) struct Store {
+    writes: Mutex<Option<mpsc::Sender<Write>>>,
+    writer: Mutex<Option<thread::JoinHandle<()>>>,
+}
+
+impl Store {
+    /// Opens or makes the file, and reads every record.
+    pub(crate) fn open(path: &Path) -> Result<(Self, Vec<(String, Vec<u8>)>), StoreError> {
+        let database = open_database(path)?;
+        let records = read_all(&database).map_err(|error| failed(path, error))?;
+        let (writes, inbox) = mpsc::channel();
+        let path = path.to_owned();
+        let writer = thread::Builder::new()
+            .name("state-writer".to_owned())
+            .spawn(move || write_until_closed(path, database, &inbox))
+            .expect("the system can start a thread");
+        Ok((Self { writes: Mutex::new(Some(writes)), writer: Mutex::new(Some(writer)) }, records))
+    }
+
+    /// Writes a record; returns when it is durable.
+    pub(crate) async fn put(&self, key: &str, value: Vec<u8>) -> Result<(), StoreError> {
+        self.write(key, Change::Put(value)).await
+    }
+
+    /// Removes a record; returns when that is durable.
+    pub(crate) async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.write(key, Change::Delete).await
+    }
+
+    /// Waits for the last write and closes the file.
+    pub(crate) fn close(&self) {
+        drop(self.writes.lock().expect("no holder panics").take());
+        let writer = self.writer.lock().expect("no holder panics").take();
+        if let Some(writer) = writer {
+            let _ = writer.join();
+        }
+    }
+
+    async fn write(&self, key: &str, change: Change) -> Result<(), StoreError> {
+        let (done, answer) = oneshot::channel();
+        let write = Write { key: key.to_owned(), change, done };
+        let writes = self.writes.lock().expect("no holder panics").clone().ok_or(StoreError::Closed)?;
+        writes.send(write).map_err(|_| StoreError::Closed)?;
+        answer.await.map_err(|_| StoreError::Closed)?
+    }
+}
+
+fn failed(path: &Path, error: redb::Error) -> StoreError {
+    StoreError::Database { path: path.display().to_string(), reason: error.to_string() }
+}
+
+fn open_database(path: &Path) -> Result<Database, StoreError> {
+    Database::create(path).map_err(|error| failed(path, error.into()))
+}
+
+fn read_all(database: &Database) -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+    let transaction = database.begin_read()?;
+    let table = match transaction.open_table(CONTAINERS) {
+        Ok(table) => table,
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let mut records = Vec::new();
+    for entry in table.iter()? {
+        let (key, value) = entry?;
+        records.push((key.value().to_owned(), value.value().to_owned()));
+    }
+    Ok(records)
+}
+
+fn write_until_closed(path: PathBuf, database: Database, inbox: &mpsc::Receiver<Write>) {
+    let mut database = Some(database);
+    while let Ok(first) = inbox.recv() {
+        let mut batch = vec![first];
+        while batch.len() < BATCH
+            && let Ok(next) = inbox.try_recv()
+        {
+            batch.push(next);
+        }
+        let result = commit_with(&path, &mut database, &batch);
+        for write in batch {
+            let _ = write.done.send(result.clone());
+        }
+    }
+}
+
+/// Commits; after a failure (a full disk, say) the database refuses further work until it is opened again, so that is done
+/// on the next write.
+fn commit_with(path: &Path, slot: &mut Option<Database>, batch: &[Write]) -> Result<(), StoreError> {
+    let database = match slot.take() {
+        Some(database) => database,
+        None => open_database(path)?,
+    };
+    commit(&database, batch).map_err(|error| failed(path, error))?;
+    *slot = Some(database);
+    Ok(())
+}
+
+fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
+    let transaction = database.begin_write()?;
+    {
+        let mut table = transaction.open_table(CONTAINERS)?;
+        for write in batch {
+            match &write.change {
+                Change::Put(value) => table.insert(write.key.as_str(), value.as_slice())?,
+                Change::Delete => table.remove(write.key.as_str())?,
+            };
+        }
+    }
+    transaction.commit()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_written_is_read_after_a_reopening() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.redb");
+        let (store, records) = Store::open(&path).unwrap();
+        assert!(records.is_empty());
+        store.put("a", b"1".to_vec()).await.unwrap();
+        store.put("b", b"2".to_vec()).await.unwrap();
+        store.put("a", b"3".to_vec()).await.unwrap();
+        store.delete("b").await.unwrap();
+        store.close();
+        let (store, records) = Store::open(&path).unwrap();
+        assert_eq!(records, [("a".to_owned(), b"3".to_vec())]);
+        store.close();
+    }
+}
