@@ -92,7 +92,7 @@ const MKFS: &[&str] = &[
     "-L",
     "coracle-data",
     "-O",
-    "has_journal,extent,64bit,flex_bg,resize_inode,sparse_super,metadata_csum,dir_index,huge_file,large_file,dir_nlink,extra_isize",
+    "has_journal,ext_attr,extent,64bit,flex_bg,resize_inode,sparse_super,metadata_csum,dir_index,huge_file,large_file,dir_nlink,extra_isize",
     "-U",
     "c0aac1e0-da7a-4d15-8000-000000000001",
     "-E",

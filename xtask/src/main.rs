@@ -3,8 +3,10 @@
 //! Everything that these need is installed or made on the way and kept, so that the second run is quick. What comes from outside
 //! comes through apt and cargo, which check it.
 
+mod bench;
 mod cache;
 mod cpio;
+mod demo;
 mod dist;
 mod guest;
 mod images;
@@ -12,9 +14,11 @@ mod kernel;
 mod lab;
 mod packages;
 #[path = "../../vmm/src/probe.rs"]
+#[allow(unreachable_pub, reason = "it is public where it belongs to")]
 mod probe;
 mod progress;
 mod shell;
+mod test;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -54,6 +58,32 @@ enum Task {
         #[arg(last = true, required_unless_present = "probe")]
         command: Vec<String>,
     },
+    /// Shows first containers, through the stock docker CLI and through ours, and where the time goes.
+    Demo {
+        #[command(flatten)]
+        options: lab::Options,
+    },
+    /// The demo itself, on a machine with a usable KVM.
+    #[command(hide = true)]
+    DemoInside,
+    /// Checks formatting and lints, and runs all tests, those that need a virtual machine in the lab.
+    Test,
+    /// Runs test binaries, given as NAME=PATH, on a machine with a usable KVM.
+    #[command(hide = true)]
+    TestInside {
+        /// The test binaries.
+        binaries: Vec<String>,
+    },
+    /// Measures beside a peer; what stands after `--` is passed on to the bench.
+    Bench {
+        /// Which bench.
+        name: bench::Name,
+        #[command(flatten)]
+        options: lab::Options,
+        /// Options of the bench, for example --json.
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -82,6 +112,11 @@ fn run(task: Task) -> Result<ExitCode> {
             }
         },
         Task::Lab { options, command, .. } => return lab::run(&options, &command),
+        Task::Demo { options } => return demo::run(&options),
+        Task::DemoInside => demo::inside()?,
+        Task::Test => test::run()?,
+        Task::TestInside { binaries } => test::inside(&binaries)?,
+        Task::Bench { name, options, arguments } => return bench::run(name, options, &arguments),
     }
     Ok(ExitCode::SUCCESS)
 }
