@@ -55,6 +55,9 @@ pub(crate) fn load_file(
     offset: u64,
     len: u64,
 ) -> Result<(), MemoryError> {
+    if len == 0 {
+        return Ok(());
+    }
     let outside = || MemoryError::Outside { address, len };
     let end = address.checked_add(len).ok_or_else(outside)?;
     let size = usize::try_from(len).map_err(|_| outside())?;
