@@ -1,0 +1,48 @@
+//! What the words of the command line do. Each is a client of the daemon's API; none knows anything that the API does not say.
+
+pub(crate) mod bundle;
+mod exec;
+mod images;
+mod inspect;
+mod lifecycle;
+mod load;
+mod logs;
+mod ps;
+mod run;
+mod session;
+mod status;
+mod up;
+mod version;
+
+use crate::{args::Command, failure::Outcome, paths::Home};
+
+/// Carries out a command; `started` is when the process began, in microseconds of CLOCK_MONOTONIC.
+pub(crate) async fn run(command: Command, home: Home, started: u64) -> Outcome {
+    match command {
+        Command::Up(args) => up::up(&home, &args).await,
+        Command::Down(args) => up::down(&home, &args).await,
+        Command::Status(args) => status::run(&home, args.json).await,
+        Command::Version(args) => version::run(&home, args.json).await,
+        Command::Load(args) => load::run(&home, &args).await,
+        Command::Images(args) => images::list(&home, &args).await,
+        Command::Rmi(args) => images::remove(&home, &args).await,
+        Command::Tag(args) => images::tag(&home, &args).await,
+        Command::Run(args) => run::run(&home, &args, started).await,
+        Command::Create(args) => run::create_only(&home, &args).await,
+        Command::Start(args) => run::start(&home, &args).await,
+        Command::Attach(args) => run::attach(&home, &args).await,
+        Command::Exec(args) => exec::run(&home, &args).await,
+        Command::Ps(args) => ps::run(&home, &args).await,
+        Command::Logs(args) => logs::run(&home, &args).await,
+        Command::Stop(args) => lifecycle::stop(&home, &args, "stop").await,
+        Command::Restart(args) => lifecycle::stop(&home, &args, "restart").await,
+        Command::Kill(args) => lifecycle::kill(&home, &args).await,
+        Command::Wait(args) => lifecycle::wait(&home, &args).await,
+        Command::Rm(args) => lifecycle::remove(&home, &args).await,
+        Command::Rename(args) => lifecycle::rename(&home, &args).await,
+        Command::Inspect(args) => inspect::run(&home, &args).await,
+        Command::Doctor | Command::Daemon(_) | Command::Vmm | Command::Bundle(_) => {
+            unreachable!("the caller has carried these out")
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! One running machine: the connection to its VMM, the agent's ready connection, and its end, which is noticed by events
+//! only. What the guest says is bounded; connections that it makes without being asked are closed.
+
+use std::{
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream as StdUnixStream,
+    },
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow, bail};
+use coracle_agent_api::{AGENT_PORT, API_VERSION, Hello, READY_PORT};
+use coracle_vmm::control::{Client, Notice};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    net::UnixStream,
+    sync::{mpsc, oneshot, watch},
+};
+
+/// The longest first line of an agent.
+const MAX_HELLO: u64 = 64 * 1024;
+/// How long the VMM may take to say why, after the agent's connection has ended.
+const REASON_GRACE: Duration = Duration::from_millis(500);
+
+/// A machine that this daemon has a connection to.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    client: Client,
+    /// `Some(reason)` once it has ended.
+    ended: watch::Receiver<Option<String>>,
+    /// Its end was asked for.
+    stopping: AtomicBool,
+}
+
+/// The agent's ready connection as it comes in.
+pub(crate) type Ready = oneshot::Receiver<BufReader<UnixStream>>;
+
+impl Machine {
+    /// Takes a connected control socket into use. The agent's connection arrives through the returned receiver.
+    pub(crate) fn new(control: OwnedFd) -> Result<(Arc<Self>, Ready)> {
+        let (notices, inbox) = mpsc::channel(16);
+        let (announce, ready) = oneshot::channel();
+        let (report, ended) = watch::channel(None);
+        // The client's own thread waits here while the inbox is full; it ends with the connection.
+        let client = Client::new(control, move |notice| {
+            let _ = notices.blocking_send(notice);
+        })
+        .context("cannot use the control socket")?;
+        tokio::spawn(supervise(inbox, announce, report));
+        Ok((Arc::new(Self { client, ended, stopping: AtomicBool::new(false) }), ready))
+    }
+
+    /// Makes a call to the VMM on a thread that may wait.
+    pub(crate) async fn call<T: Send + 'static>(
+        self: &Arc<Self>,
+        call: impl FnOnce(&Client) -> Result<T, coracle_vmm::control::ClientError> + Send + 'static,
+    ) -> Result<T> {
+        let machine = Arc::clone(self);
+        Ok(tokio::task::spawn_blocking(move || call(&machine.client)).await??)
+    }
+
+    /// A new connection to the agent's API.
+    pub(crate) async fn connect(self: &Arc<Self>) -> io::Result<UnixStream> {
+        let (ours, theirs) = StdUnixStream::pair()?;
+        self.call(move |client| client.vsock_connect(AGENT_PORT, theirs.as_fd())).await.map_err(|error| {
+            io::Error::new(io::ErrorKind::ConnectionAborted, crate::failure::describe(&error))
+        })?;
+        ours.set_nonblocking(true)?;
+        UnixStream::from_std(ours)
+    }
+
+    /// Has the guest's ready connection sent to us, also the one that an earlier daemon had.
+    pub(crate) async fn listen_for_agent(self: &Arc<Self>) -> Result<()> {
+        self.call(|client| client.vsock_listen(READY_PORT, true)).await.context("cannot wait for the agent")
+    }
+
+    /// Waits for the machine's end; the reason.
+    pub(crate) async fn end(&self) -> String {
+        match self.ended.clone().wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or_default(),
+            Err(_) => "nobody watches it any more".to_owned(),
+        }
+    }
+
+    /// Notes that its end is wanted. False: it was noted before.
+    pub(crate) fn begin_stop(&self) -> bool {
+        !self.stopping.swap(true, Ordering::SeqCst)
+    }
+
+    /// Whether its end was wanted.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+}
+
+/// Follows a machine to its end, then says why it ended.
+async fn supervise(
+    mut inbox: mpsc::Receiver<Notice>,
+    announce: oneshot::Sender<BufReader<UnixStream>>,
+    report: watch::Sender<Option<String>>,
+) {
+    let mut announce = Some(announce);
+    let mut agent_gone: Option<oneshot::Receiver<()>> = None;
+    let reason = loop {
+        let notice = tokio::select! {
+            notice = inbox.recv() => notice,
+            _ = async { agent_gone.as_mut().expect("checked").await }, if agent_gone.is_some() => {
+                break reason_after_agent(&mut inbox).await;
+            }
+        };
+        match notice {
+            Some(Notice::VsockAccepted { port: READY_PORT, stream, .. }) => {
+                let Some(announce) = announce.take() else { continue };
+                match agent_stream(stream) {
+                    Ok((reader, gone)) => {
+                        agent_gone = Some(gone);
+                        let _ = announce.send(reader);
+                    }
+                    Err(error) => break format!("the agent's connection cannot be used: {error}"),
+                }
+            }
+            Some(Notice::VsockAccepted { port, .. }) => {
+                tracing::warn!(port, "the guest connected to a port that was not offered");
+            }
+            Some(Notice::Exited(reason)) => break reason.to_string(),
+            Some(Notice::Disconnected) | None => break "its virtual machine monitor is gone".to_owned(),
+        }
+    };
+    tracing::info!(%reason, "the machine has ended");
+    report.send_replace(Some(reason));
+    // The client's thread must never find the inbox closed with notices left: drain it to the end.
+    while inbox.recv().await.is_some() {}
+}
+
+async fn reason_after_agent(inbox: &mut mpsc::Receiver<Notice>) -> String {
+    let exit = async {
+        loop {
+            match inbox.recv().await {
+                Some(Notice::Exited(reason)) => return reason.to_string(),
+                Some(Notice::VsockAccepted { .. }) => {}
+                Some(Notice::Disconnected) | None => return "its virtual machine monitor is gone".to_owned(),
+            }
+        }
+    };
+    tokio::time::timeout(REASON_GRACE, exit)
+        .await
+        .unwrap_or_else(|_| "the agent closed its connection".to_owned())
+}
+
+/// Splits the agent's connection into what is read first and the news of its end: a second descriptor of the same stream is
+/// watched for the hang-up alone, so that it does not take bytes from the first.
+fn agent_stream(stream: OwnedFd) -> io::Result<(BufReader<UnixStream>, oneshot::Receiver<()>)> {
+    let stream = StdUnixStream::from(stream);
+    stream.set_nonblocking(true)?;
+    let watched = UnixStream::from_std(stream.try_clone()?)?;
+    let reader = BufReader::new(UnixStream::from_std(stream)?);
+    let (gone, heard) = oneshot::channel();
+    tokio::spawn(async move {
+        loop {
+            match watched.ready(tokio::io::Interest::READABLE).await {
+                Ok(ready) if !ready.is_read_closed() => {
+                    // Bytes that nobody wants yet: wait for the next edge.
+                    let _ = watched.try_io(tokio::io::Interest::READABLE, || {
+                        Err::<(), _>(io::ErrorKind::WouldBlock.into())
+                    });
+                }
+                _ => break,
+            }
+        }
+        let _ = gone.send(());
+    });
+    Ok((reader, heard))
+}
+
+/// Reads the agent's first line and checks it.
+pub(crate) async fn read_hello(stream: &mut BufReader<UnixStream>) -> Result<Hello> {
+    let mut line = Vec::new();
+    stream
+        .take(MAX_HELLO)
+        .read_until(b'\n', &mut line)
+        .await
+        .context("cannot read the agent's first words")?;
+    if line.last() != Some(&b'\n') {
+        return Err(anyhow!("the agent ended before it had said that it is ready"));
+    }
+    let hello: Hello = serde_json::from_slice(&line).context("cannot understand the agent's first words")?;
+    if hello.api_version != API_VERSION {
+        bail!(
+            "the guest speaks version {} of the agent's API and this coracle version {API_VERSION}: their builds differ",
+            hello.api_version
+        );
+    }
+    Ok(hello)
+}

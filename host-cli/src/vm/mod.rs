@@ -1,0 +1,320 @@
+//! The sandbox that is a virtual machine: one `coracle-vmm` process with a folder of its own, which outlives the daemon.
+//!
+//! The engine sees it as a [`Sandbox`]; everything about KVM, disks and control sockets stays here. What comes from the VMM
+//! or the guest is untrusted. At most one machine runs in a folder: its disk is locked by whoever has it open.
+
+mod agent;
+mod boot;
+mod disk;
+mod folder;
+mod guest;
+mod layers;
+mod machine;
+pub(crate) mod process;
+
+use std::{
+    fs::File,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use coracle_agent_api::{DiffId, LayerSource};
+use coracle_engine::sandbox::{Running, Sandbox, SandboxError, SandboxFactory, SandboxId, SandboxState};
+use tokio::{net::UnixStream, sync::watch};
+
+use crate::{failure::describe, paths::Home};
+pub(crate) use disk::size as disk_size;
+pub(crate) use folder::Folder;
+pub(crate) use guest::Guest;
+
+use layers::Layers;
+use machine::Machine;
+use process::VmmProcess;
+
+/// How long the agent has for an orderly end, and the VMM after it.
+const AGENT_GRACE: Duration = Duration::from_secs(15);
+const VMM_GRACE: Duration = Duration::from_secs(5);
+
+/// Makes the sandboxes of one home; the same one for the same name.
+#[derive(Debug)]
+pub(crate) struct Vms {
+    home: Home,
+    made: Mutex<Vec<Arc<Vm>>>,
+}
+
+impl Vms {
+    /// For the machines in this home.
+    pub(crate) fn new(home: Home) -> Self {
+        Self { home, made: Mutex::default() }
+    }
+}
+
+impl SandboxFactory for Vms {
+    fn sandbox(&self, id: &SandboxId) -> Arc<dyn Sandbox> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(vm) = made.iter().find(|vm| vm.0.id == *id) {
+            return Arc::<Vm>::clone(vm);
+        }
+        let vm = Arc::new(Vm(Arc::new(Shared {
+            id: id.clone(),
+            folder: Folder::new(self.home.vms().join(id.as_str())),
+            settings: self.home.settings(),
+            state: watch::channel(SandboxState::Stopped).0,
+            life: tokio::sync::Mutex::new(()),
+            current: Mutex::new(None),
+            instances: AtomicU64::new(0),
+        })));
+        made.push(Arc::clone(&vm));
+        vm
+    }
+}
+
+/// A virtual machine, running or not.
+#[derive(Debug)]
+pub(crate) struct Vm(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    id: SandboxId,
+    folder: Folder,
+    settings: PathBuf,
+    state: watch::Sender<SandboxState>,
+    /// Held while it is started, adopted or stopped.
+    life: tokio::sync::Mutex<()>,
+    current: Mutex<Option<Arc<Current>>>,
+    instances: AtomicU64,
+}
+
+/// The machine that runs now.
+#[derive(Debug)]
+struct Current {
+    machine: Arc<Machine>,
+    layers: Arc<tokio::sync::Mutex<Layers>>,
+    /// Only if this daemon started it.
+    process: Option<VmmProcess>,
+}
+
+impl Shared {
+    fn current(&self) -> Option<Arc<Current>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_current(&self, current: Option<Arc<Current>>) {
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = current;
+    }
+
+    fn running(&self) -> Result<Arc<Current>, SandboxError> {
+        match &*self.state.borrow() {
+            SandboxState::Running(_) => self.current(),
+            _ => None,
+        }
+        .ok_or_else(|| SandboxError::NotRunning { id: self.id.clone() })
+    }
+
+    async fn start(self: &Arc<Self>) -> Result<Arc<Running>, SandboxError> {
+        let _life = self.life.lock().await;
+        if let Some(running) = self.state.borrow().running() {
+            return Ok(Arc::clone(running));
+        }
+        self.state.send_replace(SandboxState::Starting);
+        let started = match boot::adopt(self).await {
+            Ok(Some(taken_over)) => Ok(taken_over),
+            Ok(None) => boot::boot(self).await,
+            Err(error) => Err(error),
+        };
+        match started {
+            Ok((current, running)) => Ok(self.live(current, running)),
+            Err(error) => {
+                let reason = describe(&error);
+                tracing::error!(vm = %self.id, %reason, "the machine did not start");
+                self.state.send_replace(SandboxState::Died { reason: reason.clone() });
+                Err(SandboxError::Start { id: self.id.clone(), reason })
+            }
+        }
+    }
+
+    async fn adopt(self: &Arc<Self>) -> Result<Option<Arc<Running>>, SandboxError> {
+        let _life = self.life.lock().await;
+        if let Some(running) = self.state.borrow().running() {
+            return Ok(Some(Arc::clone(running)));
+        }
+        match boot::adopt(self).await {
+            Ok(taken_over) => Ok(taken_over.map(|(current, running)| self.live(current, running))),
+            Err(error) => Err(SandboxError::Start { id: self.id.clone(), reason: describe(&error) }),
+        }
+    }
+
+    /// From here on it runs; its end is awaited in the background.
+    fn live(self: &Arc<Self>, current: Current, running: Running) -> Arc<Running> {
+        let (current, running) = (Arc::new(current), Arc::new(running));
+        self.set_current(Some(Arc::clone(&current)));
+        tracing::info!(vm = %self.id, adopted = running.adopted, "the machine runs");
+        self.state.send_replace(SandboxState::Running(Arc::clone(&running)));
+        let shared = Arc::clone(self);
+        tokio::spawn(async move {
+            let reason = current.machine.end().await;
+            shared.ended(&current, reason).await;
+        });
+        running
+    }
+
+    async fn ended(&self, current: &Arc<Current>, reason: String) {
+        let stopping = current.machine.is_stopping();
+        self.set_current(None);
+        self.state.send_replace(if stopping { SandboxState::Stopped } else { SandboxState::Died { reason } });
+        if !stopping {
+            // A machine without its agent is of no use, and it would keep the disk locked.
+            discard(current).await;
+        }
+    }
+
+    async fn stop(&self) -> Result<(), SandboxError> {
+        let _life = self.life.lock().await;
+        let Some(current) = self.current() else { return Ok(()) };
+        current.machine.begin_stop();
+        let end = current.machine.end();
+        let asked = async {
+            match current.machine.connect().await {
+                Ok(stream) => agent::shut_down(stream).await,
+                Err(error) => Err(error.into()),
+            }
+        };
+        if let Err(error) = asked.await {
+            tracing::warn!(vm = %self.id, error = %describe(&error), "the agent does not shut down; ending the machine");
+        } else if tokio::time::timeout(AGENT_GRACE, end).await.is_err() {
+            tracing::warn!(vm = %self.id, "the guest takes too long to shut down; ending the machine");
+        }
+        discard(&current).await;
+        let mut state = self.state.subscribe();
+        let gone = state.wait_for(|state| state.running().is_none());
+        let gone = tokio::time::timeout(VMM_GRACE, gone).await.is_ok_and(|seen| seen.is_ok());
+        if gone {
+            return Ok(());
+        }
+        let source =
+            std::io::Error::new(std::io::ErrorKind::TimedOut, "its virtual machine monitor does not end");
+        Err(SandboxError::Io { id: self.id.clone(), source: Arc::new(source) })
+    }
+
+    async fn attach(&self, diff_id: &DiffId, path: &Path, len: u64) -> Result<LayerSource, SandboxError> {
+        let current = self.running()?;
+        let mut layers = current.layers.lock().await;
+        if let Some(slot) = layers.get(diff_id) {
+            return Ok(slot.source());
+        }
+        let failed = |error: &dyn std::fmt::Display| SandboxError::Layer {
+            id: self.id.clone(),
+            reason: format!("{}: {error}", diff_id.short()),
+        };
+        let file = File::open(path).map_err(|error| failed(&format!("cannot open its image: {error}")))?;
+        let slot = layers.reserve(diff_id, len).map_err(|error| failed(&error))?;
+        let attached = current
+            .machine
+            .call(move |client| client.attach_segment(slot.start, slot.len, file.as_fd()))
+            .await;
+        if let Err(error) = attached {
+            layers.forget(diff_id.as_str()).map_err(|error| failed(&error))?;
+            return Err(failed(&describe(&error)));
+        }
+        layers.settle(diff_id).map_err(|error| failed(&error))?;
+        Ok(slot.source())
+    }
+
+    async fn detach(&self, diff_id: &DiffId) -> Result<(), SandboxError> {
+        let current = self.running()?;
+        let mut layers = current.layers.lock().await;
+        let Some(slot) = layers.get(diff_id) else { return Ok(()) };
+        let failed = |error: &dyn std::fmt::Display| SandboxError::Layer {
+            id: self.id.clone(),
+            reason: format!("{}: cannot detach it: {error}", diff_id.short()),
+        };
+        layers.unsettle(diff_id).map_err(|error| failed(&error))?;
+        let detached = current.machine.call(move |client| client.detach_segment(slot.start)).await;
+        if let Err(error) = detached {
+            layers.settle(diff_id).map_err(|error| failed(&error))?;
+            return Err(failed(&describe(&error)));
+        }
+        layers.forget(diff_id.as_str()).map_err(|error| failed(&error))
+    }
+}
+
+/// Ends a VMM by its control socket, and by force if this daemon can and must.
+async fn discard(current: &Current) {
+    // It fails if the VMM has ended already, which is what is wanted.
+    let _ = current.machine.call(|client| client.stop()).await;
+    if let Some(process) = &current.process
+        && tokio::time::timeout(VMM_GRACE, process.wait()).await.is_err()
+    {
+        tracing::warn!(pid = process.pid, "the VMM does not end; killing it");
+        process.kill();
+    }
+}
+
+/// Runs the work as a task of its own, so that a caller who goes away does not leave it half done.
+async fn detached<T: Send + 'static>(
+    id: &SandboxId,
+    work: impl Future<Output = Result<T, SandboxError>> + Send + 'static,
+) -> Result<T, SandboxError> {
+    tokio::spawn(work).await.unwrap_or_else(|error| {
+        Err(SandboxError::Start { id: id.clone(), reason: format!("the daemon failed inside: {error}") })
+    })
+}
+
+#[async_trait]
+impl Sandbox for Vm {
+    fn id(&self) -> &SandboxId {
+        &self.0.id
+    }
+
+    fn state(&self) -> watch::Receiver<SandboxState> {
+        self.0.state.subscribe()
+    }
+
+    async fn start(&self) -> Result<Arc<Running>, SandboxError> {
+        let shared = Arc::clone(&self.0);
+        detached(&self.0.id, async move { shared.start().await }).await
+    }
+
+    async fn adopt(&self) -> Result<Option<Arc<Running>>, SandboxError> {
+        let shared = Arc::clone(&self.0);
+        detached(&self.0.id, async move { shared.adopt().await }).await
+    }
+
+    async fn connect(&self) -> Result<UnixStream, SandboxError> {
+        let current = self.0.running()?;
+        let failed = |source| SandboxError::Io { id: self.0.id.clone(), source: Arc::new(source) };
+        current.machine.connect().await.map_err(failed)
+    }
+
+    async fn attach_layer(
+        &self,
+        diff_id: &DiffId,
+        path: &Path,
+        len: u64,
+    ) -> Result<LayerSource, SandboxError> {
+        let (shared, diff_id, path) = (Arc::clone(&self.0), diff_id.clone(), path.to_owned());
+        detached(&self.0.id, async move { shared.attach(&diff_id, &path, len).await }).await
+    }
+
+    async fn detach_layer(&self, diff_id: &DiffId) -> Result<(), SandboxError> {
+        let (shared, diff_id) = (Arc::clone(&self.0), diff_id.clone());
+        detached(&self.0.id, async move { shared.detach(&diff_id).await }).await
+    }
+
+    async fn stop(&self) -> Result<(), SandboxError> {
+        let shared = Arc::clone(&self.0);
+        detached(&self.0.id, async move { shared.stop().await }).await
+    }
+}
+
+impl Shared {
+    fn next_instance(&self) -> u64 {
+        self.instances.fetch_add(1, Ordering::Relaxed) + 1
+    }
+}

@@ -1,0 +1,85 @@
+//! The VMM's process: this same program under another name, in a session of its own, with its control socket and nothing
+//! else of the daemon's.
+
+use std::{
+    fs::File,
+    os::fd::{AsFd, OwnedFd},
+    process::{ExitStatus, Stdio},
+};
+
+use anyhow::{Context, Result};
+use tokio::{process::Command, sync::watch};
+
+use crate::files;
+
+/// The name by which the program knows that it is the VMM.
+pub(crate) const VMM_NAME: &str = "coracle-vmm";
+
+/// A VMM that this daemon started. It outlives the daemon, and this handle.
+#[derive(Debug)]
+pub(crate) struct VmmProcess {
+    /// Its process id.
+    pub(crate) pid: u32,
+    /// Becomes `Some` when it has ended.
+    pub(crate) ended: watch::Receiver<Option<ExitStatus>>,
+    kill: tokio::sync::mpsc::Sender<()>,
+}
+
+/// Starts a VMM whose clients come through `control`.
+pub(crate) fn spawn(control: OwnedFd, log: File) -> Result<VmmProcess> {
+    let mut child = Command::new("/proc/self/exe")
+        .arg0(VMM_NAME)
+        .stdin(Stdio::from(control))
+        .stdout(Stdio::null())
+        .stderr(log)
+        .current_dir("/")
+        .spawn()
+        .context("cannot start the virtual machine monitor")?;
+    let pid = child.id().context("the virtual machine monitor ended at once")?;
+    let (report, ended) = watch::channel(None);
+    let (kill, mut kill_asked) = tokio::sync::mpsc::channel(1);
+    tokio::spawn(async move {
+        let status = loop {
+            tokio::select! {
+                status = child.wait() => break status,
+                Some(()) = kill_asked.recv() => {
+                    let _ = child.start_kill();
+                }
+            }
+        };
+        tracing::info!(pid, ?status, "the VMM has ended");
+        report.send_replace(Some(status.unwrap_or_default()));
+    });
+    Ok(VmmProcess { pid, ended, kill })
+}
+
+impl VmmProcess {
+    /// Ends it by force.
+    pub(crate) fn kill(&self) {
+        let _ = self.kill.try_send(());
+    }
+
+    /// Waits until it has ended.
+    pub(crate) async fn wait(&self) -> Option<ExitStatus> {
+        self.ended.clone().wait_for(Option::is_some).await.ok().and_then(|status| *status)
+    }
+}
+
+/// The VMM's role in this program: takes the control socket from standard input, leaves the daemon's session, and serves.
+pub(crate) fn run() -> Result<()> {
+    // It fails only where the process leads a session already.
+    let _ = rustix::process::setsid();
+    let stdin = std::io::stdin();
+    let control =
+        stdin.as_fd().try_clone_to_owned().context("there is no control socket on standard input")?;
+    let null = File::open("/dev/null").context("cannot open /dev/null")?;
+    rustix::stdio::dup2_stdin(&null).context("cannot let go of standard input")?;
+    coracle_vmm::run(control).context("the virtual machine monitor failed")
+}
+
+/// The last words of a VMM, for an error message.
+pub(crate) fn last_words(log: &std::path::Path) -> String {
+    let text = files::tail(log, 2048);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(5)..].join("; ")
+}
