@@ -63,6 +63,6 @@ pub(crate) fn process(spec: &ProcessSpec) -> Result<()> {
 }
 
 fn absolute(what: &str, path: &str) -> Result<()> {
-    let plain = path.starts_with('/') && !path.contains('\0') && path.trim_matches('/') != "";
+    let plain = path.starts_with('/') && !path.contains('\0') && !path.trim_matches('/').is_empty();
     if plain { Ok(()) } else { Err(invalid(format!("the {what} `{path}` is not an absolute path below /"))) }
 }

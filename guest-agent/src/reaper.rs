@@ -48,7 +48,10 @@ impl Reaper {
     /// Reaps every orphan that has ended.
     pub(crate) fn reap(&self) {
         let inner = self.inner();
-        while inner.starting == 0 {
+        if inner.starting > 0 {
+            return;
+        }
+        loop {
             // One that is awaited hides those behind it until it was reaped; then this runs again.
             let Some(pid) = sys::peek_ended_child().filter(|pid| !inner.awaited.contains(pid)) else {
                 return;

@@ -147,7 +147,8 @@ mod tests {
 
     #[test]
     fn users_are_found_as_docker_finds_them() {
-        let cases: &[(&str, &[&str], u32, u32, &[u32], &str)] = &[
+        type Case = (&'static str, &'static [&'static str], u32, u32, &'static [u32], &'static str);
+        let cases: &[Case] = &[
             ("", &[], 0, 0, &[0, 10, 6], "/root"),
             ("root", &[], 0, 0, &[0, 10, 6], "/root"),
             ("web", &[], 33, 33, &[33, 10], "/var/www"),
