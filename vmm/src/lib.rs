@@ -27,7 +27,9 @@ use hypervisor::kvm::KvmHypervisor;
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// Descriptor 3 is not what it should be.
-    #[error("the VMM needs a listening SOCK_SEQPACKET unix socket as descriptor 3; it is started by the daemon, not by hand")]
+    #[error(
+        "the VMM needs a listening SOCK_SEQPACKET unix socket as descriptor 3; it is started by the daemon, not by hand"
+    )]
     NoControlSocket(#[source] std::io::Error),
     /// KVM cannot be used.
     #[error("KVM cannot be used")]

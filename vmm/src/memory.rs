@@ -119,7 +119,11 @@ mod tests {
     #[case::ragged_edges(0x1234, 0x2234, 0x4567)]
     #[case::unlike_alignment(0x1234, 0x1000, 0x2222)]
     #[case::small(0x10, 0x10, 0x20)]
-    fn a_file_appears_in_memory_and_stays_as_it_was(#[case] address: u64, #[case] offset: u64, #[case] len: u64) {
+    fn a_file_appears_in_memory_and_stays_as_it_was(
+        #[case] address: u64,
+        #[case] offset: u64,
+        #[case] len: u64,
+    ) {
         let mut file = tempfile::tempfile().unwrap();
         let content: Vec<u8> = (0..0x8000u32).map(|i| (i % 251) as u8).collect();
         file.write_all(&content).unwrap();

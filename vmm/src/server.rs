@@ -250,7 +250,8 @@ impl Server<'_> {
             return Err("the machine has been booted already".into());
         }
         self.times.boot_request = Some(clock::now());
-        let machine = Machine::boot(self.hypervisor, boot, fds, &self.reports).map_err(|error| chain(&error))?;
+        let machine =
+            Machine::boot(self.hypervisor, boot, fds, &self.reports).map_err(|error| chain(&error))?;
         for port in self.listening.keys() {
             machine.vsock.listen(*port);
         }

@@ -13,7 +13,7 @@ mod socket;
 pub use client::{Client, ClientError, Notice};
 pub use message::{
     Answer, AttachSegment, Boot, BootTimes, DataDisk, DetachSegment, Event, ExitCounts, ExitReason,
-    FileRegion, FromClient, FromVmm, MachineState, Outcome, Reply, Request, Status, VsockConnect, VsockCounts,
-    VsockListen,
+    FileRegion, FromClient, FromVmm, MachineState, Outcome, Reply, Request, Status, VsockConnect,
+    VsockCounts, VsockListen,
 };
 pub use socket::{MAX_FDS, MAX_MESSAGE, Received, SocketError, accept, connect, listen, receive, send};

@@ -28,9 +28,8 @@ pub(crate) fn collect<'m>(
 ) -> Result<(Buffers<'m>, Buffers<'m>), Broken> {
     let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
     for descriptor in chain {
-        let slice = memory
-            .get_slice(descriptor.addr(), descriptor.len() as usize)
-            .map_err(|_| Broken::Address)?;
+        let slice =
+            memory.get_slice(descriptor.addr(), descriptor.len() as usize).map_err(|_| Broken::Address)?;
         if descriptor.is_write_only() {
             writable.push(slice)?;
         } else if writable.parts.is_empty() {

@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{Activation, ActiveQueue, COMMON_FEATURES, FEATURE_EVENT_IDX, FEATURE_VERSION_1, Signals, VirtioDevice};
+use super::{
+    Activation, ActiveQueue, COMMON_FEATURES, FEATURE_EVENT_IDX, FEATURE_VERSION_1, Signals, VirtioDevice,
+};
 use crate::limit::warn_limited;
 use crate::memory::Memory;
 
@@ -46,7 +48,11 @@ pub(crate) struct Transport {
 
 impl Transport {
     /// `line` raises the device's interrupt line.
-    pub(crate) fn new(device: Box<dyn VirtioDevice>, memory: Memory, line: EventFd) -> Result<Self, EventError> {
+    pub(crate) fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Memory,
+        line: EventFd,
+    ) -> Result<Self, EventError> {
         let sizes = device.queue_sizes();
         let kicks = sizes
             .iter()

@@ -136,12 +136,12 @@ pub(crate) fn serve_queue<H: RequestHandler>(device: &'static str, inbox: &Inbox
                 Command::Other(()) => {}
             }
         }
-        if let Some(activation) = &mut active {
-            if let Err(error) = drain(activation, &mut handler) {
-                warn_limited!(device, %error, "the guest broke a device");
-                activation.signals.broken();
-                active = None;
-            }
+        if let Some(activation) = &mut active
+            && let Err(error) = drain(activation, &mut handler)
+        {
+            warn_limited!(device, %error, "the guest broke a device");
+            activation.signals.broken();
+            active = None;
         }
         wait(inbox, active.as_ref());
     }

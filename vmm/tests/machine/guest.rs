@@ -86,8 +86,8 @@ fn serve(stream: File) -> std::io::Result<()> {
             std::io::copy(&mut reader, &mut dialled)?;
         }
         "read" => {
-            let result = direct(words[1], false)
-                .and_then(|file| read_aligned(&file, number(2), number(3) as usize));
+            let result =
+                direct(words[1], false).and_then(|file| read_aligned(&file, number(2), number(3) as usize));
             match result {
                 Ok(data) => {
                     writeln!(out, "ok")?;

@@ -22,10 +22,8 @@ pub(crate) const LAYERS: u64 = 16 << 40;
 
 /// The guest kernel, where the build leaves it.
 pub(crate) fn kernel() -> Option<PathBuf> {
-    let folder = std::env::var_os("CORACLE_GUEST_DIR").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest"),
-        PathBuf::from,
-    );
+    let folder = std::env::var_os("CORACLE_GUEST_DIR")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest"), PathBuf::from);
     let path = folder.join("vmlinux");
     path.exists().then_some(path)
 }

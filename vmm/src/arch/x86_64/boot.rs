@@ -129,7 +129,7 @@ fn write_tables(memory: &Memory) -> Result<(), memory::MemoryError> {
     memory::write(memory, layout::PML4, &(layout::PDPT | PAGE_PRESENT_WRITABLE).to_le_bytes())?;
     memory::write(memory, layout::PDPT, &(layout::PAGE_DIRECTORY | PAGE_PRESENT_WRITABLE).to_le_bytes())?;
     let directory: Vec<u8> = (0..512u64)
-        .flat_map(|index| (index * LARGE_PAGE | PAGE_PRESENT_WRITABLE | PAGE_LARGE).to_le_bytes())
+        .flat_map(|index| ((index * LARGE_PAGE) | PAGE_PRESENT_WRITABLE | PAGE_LARGE).to_le_bytes())
         .collect();
     memory::write(memory, layout::PAGE_DIRECTORY, &directory)
 }

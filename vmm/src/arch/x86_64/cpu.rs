@@ -1,9 +1,7 @@
 //! The state of a processor at start, as the 64-bit boot protocol wants it. Other processors than the first wait for
 //! the kernel to start them.
 
-use kvm_bindings::{
-    Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
-};
+use kvm_bindings::{Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 use super::{ArchError, layout};
@@ -40,12 +38,7 @@ pub(crate) fn configure(vcpu: &VcpuFd) -> Result<(), ArchError> {
 
 /// Prepares the processor that enters the kernel at `entry`.
 pub(crate) fn configure_boot(vcpu: &VcpuFd, entry: u64) -> Result<(), ArchError> {
-    let regs = kvm_regs {
-        rip: entry,
-        rsi: layout::ZERO_PAGE,
-        rflags: RFLAGS_RESERVED,
-        ..Default::default()
-    };
+    let regs = kvm_regs { rip: entry, rsi: layout::ZERO_PAGE, rflags: RFLAGS_RESERVED, ..Default::default() };
     vcpu.set_regs(&regs).map_err(refused("registers"))?;
     let fpu = kvm_fpu { fcw: FPU_CONTROL_WORD, mxcsr: MXCSR, ..Default::default() };
     vcpu.set_fpu(&fpu).map_err(refused("floating point state"))?;

@@ -38,8 +38,7 @@ pub(crate) fn adapt(supported: &[kvm_cpuid_entry2], topology: Topology) -> Vec<k
 
 /// Whether the kernel can do without a PIT: the timer must not stop when the processor idles, and count in TSC ticks.
 pub(crate) fn needs_pit(supported: &[kvm_cpuid_entry2], tsc_deadline: bool) -> bool {
-    let always_running =
-        supported.iter().any(|entry| entry.function == 6 && entry.eax & EAX_ARAT != 0);
+    let always_running = supported.iter().any(|entry| entry.function == 6 && entry.eax & EAX_ARAT != 0);
     !(always_running && tsc_deadline)
 }
 

@@ -39,7 +39,9 @@ pub(super) fn load(memory: &Memory, file: &File, region: FileRegion) -> Result<L
     let mut header = [0; ELF_HEADER];
     read_part(file, region, 0, &mut header, "the ELF header")?;
     if header[..4] != *b"\x7fELF" {
-        return Err(ArchError::NotAKernel("it does not begin with an ELF header (is it a compressed bzImage?)"));
+        return Err(ArchError::NotAKernel(
+            "it does not begin with an ELF header (is it a compressed bzImage?)",
+        ));
     }
     if header[4] != 2 || header[5] != 1 || u16_at(&header, 18) != MACHINE_X86_64 {
         return Err(ArchError::NotAKernel("it is an ELF file for another machine"));
@@ -81,8 +83,8 @@ fn check_segment(memory: &Memory, region: FileRegion, header: &[u8]) -> Result<S
         return Err(ArchError::KernelTruncated { what: "a segment", end: file_end, len: region.len });
     }
     let end = address.saturating_add(memory_size);
-    let fits = usize::try_from(memory_size)
-        .is_ok_and(|size| memory.get_slice(GuestAddress(address), size).is_ok());
+    let fits =
+        usize::try_from(memory_size).is_ok_and(|size| memory.get_slice(GuestAddress(address), size).is_ok());
     if address < layout::HIGH_MEMORY || !fits {
         return Err(ArchError::KernelOutside { address, end });
     }

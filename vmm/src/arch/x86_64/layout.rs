@@ -42,7 +42,7 @@ pub(crate) const RESET_COMMAND: u8 = 0xfe;
 
 /// The ranges of memory of a machine with this much of it.
 pub(crate) fn memory_ranges(mib: u64) -> Result<Vec<(GuestAddress, usize)>, ArchError> {
-    if !(64..=1 << 20).contains(&mib) || mib % 2 != 0 {
+    if !(64..=1 << 20).contains(&mib) || !mib.is_multiple_of(2) {
         return Err(ArchError::MemorySize(mib));
     }
     let size = mib << 20;

@@ -38,7 +38,9 @@ pub(crate) enum DiskError {
     TooShort { file: u64, capacity: u64 },
     #[error("cannot find out the size of a disk's file")]
     Size(#[source] std::io::Error),
-    #[error("a segment from byte {offset} with {len} bytes is not possible: both must be multiples of 4096, within the disk")]
+    #[error(
+        "a segment from byte {offset} with {len} bytes is not possible: both must be multiples of 4096, within the disk"
+    )]
     SegmentBounds { offset: u64, len: u64 },
     #[error("the segment at byte {offset} overlaps another")]
     SegmentOverlap { offset: u64 },

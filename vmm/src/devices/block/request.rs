@@ -5,9 +5,9 @@ use std::io;
 
 use virtio_queue::DescriptorChain;
 
+use super::super::Broken;
 use super::super::buffers::{self, Buffers};
 use super::super::worker::RequestHandler;
-use super::super::Broken;
 use super::{FEATURE_FLUSH, MAX_CLEAR_RANGES, MAX_CLEAR_SECTORS, SECTOR};
 use crate::limit::warn_limited;
 use crate::memory::Memory;
@@ -60,7 +60,13 @@ impl<B: Backend> Requests<B> {
         Self { backend, write_back: false }
     }
 
-    fn perform(&self, kind: u32, sector: u64, data_out: Buffers<'_>, data_in: Buffers<'_>) -> (Status, usize) {
+    fn perform(
+        &self,
+        kind: u32,
+        sector: u64,
+        data_out: Buffers<'_>,
+        data_in: Buffers<'_>,
+    ) -> (Status, usize) {
         let read = data_in.len();
         let result = match kind {
             TYPE_IN => self.read(sector, data_in),
@@ -130,7 +136,7 @@ impl<B: Backend> Requests<B> {
         let bad = || io::Error::new(io::ErrorKind::InvalidInput, "outside of the disk or not whole sectors");
         let position = sector.checked_mul(SECTOR).ok_or_else(bad)?;
         let end = position.checked_add(len).ok_or_else(bad)?;
-        if len % SECTOR != 0 || end > self.backend.capacity() {
+        if !len.is_multiple_of(SECTOR) || end > self.backend.capacity() {
             return Err(bad());
         }
         Ok(position)
@@ -147,10 +153,7 @@ impl<B: Backend> RequestHandler for Requests<B> {
         let status_at = writable.len().checked_sub(1).ok_or(Broken::Chain)?;
         let status_byte = writable.split_back(status_at).ok_or(Broken::Chain)?;
         let mut header = [0; HEADER];
-        readable
-            .split_front(HEADER)
-            .and_then(|front| front.copy_to(&mut header))
-            .ok_or(Broken::Chain)?;
+        readable.split_front(HEADER).and_then(|front| front.copy_to(&mut header)).ok_or(Broken::Chain)?;
         let (kind, sector) = (u32_at(&header, 0), u64_at(&header, 8));
         let (status, written) = self.perform(kind, sector, readable, writable);
         status_byte.copy_from(&[status as u8]).ok_or(Broken::Chain)?;
@@ -167,7 +170,7 @@ struct Range {
 /// The ranges of a DISCARD or WRITE_ZEROES request, if they are well formed.
 fn ranges(kind: u32, data: &Buffers<'_>) -> Option<Vec<Range>> {
     let most = MAX_CLEAR_RANGES as usize * RANGE;
-    if data.len() == 0 || data.len() > most || data.len() % RANGE != 0 {
+    if data.len() == 0 || data.len() > most || !data.len().is_multiple_of(RANGE) {
         return None;
     }
     let mut bytes = vec![0; data.len()];
@@ -177,8 +180,11 @@ fn ranges(kind: u32, data: &Buffers<'_>) -> Option<Vec<Range>> {
         .map(|chunk| {
             let (sector, sectors, flags) = (u64_at(chunk, 0), u32_at(chunk, 8), u32_at(chunk, 12));
             let allowed = if kind == TYPE_DISCARD { 0 } else { FLAG_UNMAP };
-            (flags & !allowed == 0 && sectors <= MAX_CLEAR_SECTORS)
-                .then_some(Range { sector, sectors, unmap: flags & FLAG_UNMAP != 0 })
+            (flags & !allowed == 0 && sectors <= MAX_CLEAR_SECTORS).then_some(Range {
+                sector,
+                sectors,
+                unmap: flags & FLAG_UNMAP != 0,
+            })
         })
         .collect()
 }

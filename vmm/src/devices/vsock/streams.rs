@@ -36,10 +36,8 @@ impl Streams {
 
     pub(super) fn add(&mut self, id: Id, fd: OwnedFd) -> io::Result<()> {
         fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
-        let interest = epoll::EventFlags::IN
-            | epoll::EventFlags::OUT
-            | epoll::EventFlags::RDHUP
-            | epoll::EventFlags::ET;
+        let interest =
+            epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
         epoll::add(&self.epoll, &fd, epoll::EventData::new_u64(id.0), interest)?;
         self.streams.insert(id, Stream { fd, backlog: VecDeque::new() });
         Ok(())

@@ -3,8 +3,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::Ordering;
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
@@ -121,8 +121,7 @@ impl<F: FnMut(Accepted)> Worker<'_, F> {
             }
         }
         // Only the first activation is shown.
-        let _ =
-            self.shown.activated.compare_exchange(0, clock::now(), Ordering::Relaxed, Ordering::Relaxed);
+        let _ = self.shown.activated.compare_exchange(0, clock::now(), Ordering::Relaxed, Ordering::Relaxed);
         self.active = Some(activation);
     }
 
@@ -227,10 +226,7 @@ impl<F: FnMut(Accepted)> Worker<'_, F> {
 
     fn packet_from_guest(&mut self, mut packet: Buffers<'_>) -> Result<(), Broken> {
         let mut bytes = [0; HEADER_LEN];
-        packet
-            .split_front(HEADER_LEN)
-            .and_then(|front| front.copy_to(&mut bytes))
-            .ok_or(Broken::Chain)?;
+        packet.split_front(HEADER_LEN).and_then(|front| front.copy_to(&mut bytes)).ok_or(Broken::Chain)?;
         let header = Header::decode(&bytes);
         let payload = usize::try_from(header.len).ok().and_then(|len| packet.split_front(len));
         let Some(payload) = payload else {

@@ -43,11 +43,14 @@ fn refused(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Hypervisor
 impl Hypervisor for KvmHypervisor {
     fn create_machine(&self, memory: &Memory) -> Result<Box<dyn Machine>, HypervisorError> {
         let vm = create_vm(&self.kvm)?;
-        let supported =
-            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell the CPUID it supports"))?;
+        let supported = self
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(refused("tell the CPUID it supports"))?;
         let tsc_deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
         vm.set_tss_address(layout::KVM_TSS).map_err(refused("set the task state's address"))?;
-        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(refused("set the identity map's address"))?;
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(refused("set the identity map's address"))?;
         vm.create_irq_chip().map_err(refused("create the interrupt controllers"))?;
         if cpuid::needs_pit(supported.as_slice(), tsc_deadline) {
             let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
@@ -78,10 +81,11 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, HypervisorError> {
 #[allow(unsafe_code)]
 fn map_memory(vm: &VmFd, memory: &Memory) -> Result<(), HypervisorError> {
     for (slot, region) in memory.iter().enumerate() {
-        let address = region.get_host_address(MemoryRegionAddress(0)).map_err(|_| HypervisorError::Refused {
-            action: "find the guest's memory",
-            source: std::io::ErrorKind::InvalidInput.into(),
-        })?;
+        let address =
+            region.get_host_address(MemoryRegionAddress(0)).map_err(|_| HypervisorError::Refused {
+                action: "find the guest's memory",
+                source: std::io::ErrorKind::InvalidInput.into(),
+            })?;
         let region = kvm_userspace_memory_region {
             slot: slot as u32,
             flags: 0,

@@ -21,7 +21,9 @@ const CREDIT_STEP: u32 = BUFFER / 4;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
     /// The host wants to connect; REQUEST is to be sent, or has been.
-    Connecting { sent: bool },
+    Connecting {
+        sent: bool,
+    },
     /// The guest wants to connect; the driver makes a stream.
     Accepting,
     /// RESPONSE is to be sent.
@@ -213,10 +215,7 @@ impl Connection {
             State::Connecting { sent } => !sent,
             State::Responding => true,
             State::Open => {
-                self.untold_shutdown() != 0
-                    || self.owes_credit
-                    || self.room() > 0
-                    || self.should_ask()
+                self.untold_shutdown() != 0 || self.owes_credit || self.room() > 0 || self.should_ask()
             }
             State::Accepting | State::Draining => false,
         }

@@ -124,7 +124,8 @@ impl Core {
         }
         let ports = loop {
             let ports = Ports { host: self.next_port, guest: guest_port };
-            self.next_port = self.next_port.checked_add(1).filter(|port| *port < u32::MAX).unwrap_or(FIRST_EPHEMERAL);
+            self.next_port =
+                self.next_port.checked_add(1).filter(|port| *port < u32::MAX).unwrap_or(FIRST_EPHEMERAL);
             if !self.by_ports.contains_key(&ports) && !self.listeners.contains(&ports.host) {
                 break ports;
             }
@@ -250,11 +251,11 @@ impl Core {
 
     /// The packet that was asked for cannot be sent now: the connection keeps its turn.
     pub(crate) fn read_deferred(&mut self, id: Id) {
-        if let Some(connection) = self.connections.get_mut(&id) {
-            if !connection.has_turn {
-                connection.has_turn = true;
-                self.turns.push_front(id);
-            }
+        if let Some(connection) = self.connections.get_mut(&id)
+            && !connection.has_turn
+        {
+            connection.has_turn = true;
+            self.turns.push_front(id);
         }
     }
 
@@ -282,11 +283,12 @@ impl Core {
     }
 
     fn take_turn(&mut self, id: Id) {
-        if let Some(connection) = self.connections.get_mut(&id) {
-            if !connection.has_turn && connection.wants_turn() {
-                connection.has_turn = true;
-                self.turns.push_back(id);
-            }
+        if let Some(connection) = self.connections.get_mut(&id)
+            && !connection.has_turn
+            && connection.wants_turn()
+        {
+            connection.has_turn = true;
+            self.turns.push_back(id);
         }
     }
 
@@ -368,10 +370,10 @@ impl Core {
 
     /// The ports are free again.
     fn unlink(&mut self, id: Id) {
-        if let Some(connection) = self.connections.get(&id) {
-            if self.by_ports.get(&connection.ports) == Some(&id) {
-                self.by_ports.remove(&connection.ports);
-            }
+        if let Some(connection) = self.connections.get(&id)
+            && self.by_ports.get(&connection.ports) == Some(&id)
+        {
+            self.by_ports.remove(&connection.ports);
         }
     }
 
