@@ -147,7 +147,7 @@ fn make_tree(root: &Path) {
         write(root.join(format!("size-{size}")), &vec![size as u8; size]);
     }
     write(root.join("a".repeat(200)).join("b".repeat(255)).join("deep"), b"deep");
-    for n in 0..3000 {
+    for n in 0..700 {
         write(root.join(format!("many/-{n}{}", "n".repeat(n % 90))), n.to_string().as_bytes());
     }
     let sparse = File::create(root.join("sparse")).unwrap();
