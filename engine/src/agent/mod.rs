@@ -126,9 +126,9 @@ impl Agent {
         self.upgrade(&format!("/v1/processes/{id}/stdin"), STDIN_PROTOCOL).await
     }
 
-    /// The guest kernel's log, endless.
-    pub(crate) async fn kmsg(&self) -> Result<Incoming, AgentError> {
-        let path = "/v1/kmsg";
+    /// The guest kernel's log; endless if it is followed.
+    pub(crate) async fn kmsg(&self, follow: bool) -> Result<Incoming, AgentError> {
+        let path = if follow { "/v1/kmsg" } else { "/v1/kmsg?follow=0" };
         let answer = self.within(CALL_TIME, path, self.send(Method::GET, path, Bytes::new(), None)).await?;
         if answer.status().is_success() { Ok(answer.into_body()) } else { Err(refused(path, answer).await) }
     }

@@ -5,7 +5,7 @@
 //! | `GET /coracle/status` | `{"version","pid","started","containers":{"total","running"},"images","sandboxes":[{"id","state","reason","adopted","agent_version","kernel_release","boot":[{"name","micros"}],"guest_boot":[{"name","guest_micros"}],"layers"}]}`; what is not known is `null` |
 //! | `GET /coracle/timings/{container}` | where the time of the newest start went: `{"id","name","unix_nanos","phases":[{"name","micros"}],"agent":[{"name","micros"}]}`; phases are counted from the moment `unix_nanos` at which the create request was read, the agent's from its own reading of the start request; also after the container was removed |
 //! | `POST /coracle/down?t=SECONDS` | 204 when all containers are stopped (each with its own stop timeout, or the one given) and all sandboxes are shut down; the daemon then ends |
-//! | `GET /coracle/vm/kmsg?sandbox=NAME` | the guest kernel's log as text, from its beginning, and on as it grows |
+//! | `GET /coracle/vm/kmsg?sandbox=NAME&follow=0` | the guest kernel's log as text, from its beginning; without `follow=0` also on as it grows |
 
 use std::sync::Arc;
 
@@ -86,7 +86,7 @@ pub(crate) async fn kmsg(request: &Request) -> Result<Response> {
     let host = host.ok_or_else(|| {
         Error::conflict(format!("the sandbox `{id}` is not running, so its kernel has no log to show"))
     })?;
-    let mut kernel_log = host.agent().kmsg().await?;
+    let mut kernel_log = host.agent().kmsg(request.query.flag_or("follow", true)).await?;
     let (feed, response) = body::stream("text/plain; charset=utf-8");
     request.core.tasks.spawn(request.core.closing.clone().run_until_cancelled_owned(async move {
         loop {

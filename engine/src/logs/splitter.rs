@@ -157,12 +157,12 @@ mod tests {
         #[test]
         fn nothing_is_lost_and_no_piece_is_too_long(chunks: Vec<(bool, Vec<u8>)>) {
             let mut splitter = Splitter::default();
-            let mut out = [Vec::new(), Vec::new()];
+            let mut out: [Vec<u8>; 2] = Default::default();
             let mut take = |piece: Piece| {
                 assert!(!piece.bytes.is_empty() && piece.bytes.len() <= MAX_PIECE);
                 out[usize::from(piece.stream == Stream::Stderr)].extend(piece.bytes);
             };
-            let mut expected = [Vec::new(), Vec::new()];
+            let mut expected: [Vec<u8>; 2] = Default::default();
             for (stderr, bytes) in &chunks {
                 let stream = if *stderr { Stream::Stderr } else { Stream::Stdout };
                 splitter.push(stream, UnixNanos(0), bytes, &mut take);
