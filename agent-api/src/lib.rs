@@ -17,7 +17,7 @@
 //! | `POST /v1/processes/{id}/signal` | [`Signal`] → 204 | sends a signal |
 //! | `POST /v1/processes/{id}/resize` | [`TerminalSize`] → 204 | sets the size of the process's terminal |
 //! | `DELETE /v1/processes/{id}` | → 204 | forgets an ended process: its exit status and unread output |
-//! | `GET /v1/kmsg` | → text, endless | the guest kernel's log, from its beginning, then as it grows |
+//! | `GET /v1/kmsg` | → text, endless | the guest kernel's log, from its beginning, then as it grows; with `?follow=0` only what is there |
 //! | `POST /v1/shutdown` | → 204 | kills what runs, writes everything to disk, powers the guest off |
 //!
 //! A call that fails answers a 4xx or 5xx status with an [`ApiError`].

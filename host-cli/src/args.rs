@@ -99,9 +99,9 @@ pub(crate) struct UpArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct DownArgs {
-    /// Seconds to wait for containers before they are killed
-    #[arg(short = 't', long, default_value_t = 10)]
-    pub(crate) timeout: u32,
+    /// Seconds to wait for containers before they are killed, instead of each one's own time
+    #[arg(short = 't', long)]
+    pub(crate) timeout: Option<u32>,
 }
 
 #[derive(Debug, Args)]

@@ -22,14 +22,14 @@ use crate::sys;
 /// The kernel's longest record.
 const MAX_RECORD: usize = 8192;
 
-/// Answers with the log.
-pub(super) fn follow() -> Result<Response<Body>> {
+/// Answers with the log: what is there now or, if it is to be followed, also what comes.
+pub(super) fn read(follow: bool) -> Result<Response<Body>> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let kmsg =
         rustix::fs::open("/dev/kmsg", flags, Mode::empty()).at_kind(ErrorKind::Internal, "open /dev/kmsg")?;
     let kmsg = sys::watch(kmsg).at_kind(ErrorKind::Internal, "watch /dev/kmsg")?;
-    let lines = stream::unfold(kmsg, |kmsg| async move {
-        let lines = next_lines(&kmsg).await?;
+    let lines = stream::unfold(kmsg, move |kmsg| async move {
+        let lines = next_lines(&kmsg, follow).await?;
         Some((Ok::<_, Infallible>(Frame::data(lines)), kmsg))
     });
     let mut response = Response::new(StreamBody::new(lines).boxed_unsync());
@@ -38,11 +38,18 @@ pub(super) fn follow() -> Result<Response<Body>> {
     Ok(response)
 }
 
-async fn next_lines(kmsg: &AsyncFd<OwnedFd>) -> Option<Bytes> {
+async fn next_lines(kmsg: &AsyncFd<OwnedFd>, follow: bool) -> Option<Bytes> {
     let mut record = [0; MAX_RECORD];
     loop {
-        let read = |fd: &OwnedFd| rustix::io::read(fd, &mut record).map_err(io::Error::from);
-        match kmsg.async_io(Interest::READABLE, read).await {
+        let mut read = |fd: &OwnedFd| rustix::io::read(fd, &mut record).map_err(io::Error::from);
+        let read = match follow {
+            true => {
+                let read = |fd: &OwnedFd| rustix::io::read(fd, &mut record).map_err(io::Error::from);
+                kmsg.async_io(Interest::READABLE, read).await
+            }
+            false => read(kmsg.get_ref()),
+        };
+        match read {
             Ok(len) => {
                 let lines = format_record(&String::from_utf8_lossy(&record[..len]));
                 if !lines.is_empty() {

@@ -95,7 +95,7 @@ async fn route(
             agent.forget(&parse(id)?)?;
             Ok(done())
         }
-        (&Method::GET, ["kmsg"]) => kmsg::follow(),
+        (&Method::GET, ["kmsg"]) => kmsg::read(request.uri().query() != Some("follow=0")),
         (&Method::POST, ["shutdown"]) => {
             shutdown.store(true, Ordering::Relaxed);
             let mut response = done();

@@ -62,7 +62,10 @@ pub(super) async fn down(home: &Home, args: &DownArgs) -> Outcome {
     let Some(docker) = client::connect_running(home)? else {
         return Ok(0);
     };
-    let path = format!("/coracle/down?timeout={}", args.timeout);
+    let path = match args.timeout {
+        Some(seconds) => format!("/coracle/down?t={seconds}"),
+        None => "/coracle/down".to_owned(),
+    };
     let stopping = docker.call(Method::POST, &path, client::empty());
     match progress::while_waiting("stopping containers and the virtual machine", stopping).await {
         // A daemon that is going may close the connection before its answer is through: the lock says how it went.

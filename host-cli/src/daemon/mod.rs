@@ -33,11 +33,14 @@ pub(crate) fn run(home: &Home, args: &DaemonArgs) -> Outcome {
     log::start(args.detached);
     let served = serve(home, args, ready);
     if let Err((error, ready)) = served {
-        tracing::error!(error = %describe(&error), "the daemon failed");
         if let Some(ready) = ready {
             ready.say(&describe(&error));
         }
-        return if args.detached { Ok(1) } else { Err(error.into()) };
+        if !args.detached {
+            return Err(error.into());
+        }
+        tracing::error!(error = %describe(&error), "the daemon failed");
+        return Ok(1);
     }
     Ok(0)
 }
@@ -62,7 +65,7 @@ fn serve(home: &Home, args: &DaemonArgs, ready: Ready) -> Result<(), Failed> {
         ready.say("ready");
         drop(starting);
         let shutdown = shutdown_signal().map_err(|error| (error, None))?;
-        engine.serve(listener, shutdown).await.map_err(|error| (anyhow::Error::new(error), None))
+        Ok(engine.serve(listener, shutdown).await)
     })?;
     // Nothing connects to a daemon that is going: whoever looks now starts a new one, which waits for the lock.
     let _ = fs::remove_file(home.socket());
@@ -94,7 +97,7 @@ fn open(home: &Home, args: &DaemonArgs) -> Result<(Lock, Option<Lock>)> {
     Ok((lock, Some(starting)))
 }
 
-async fn prepare(home: &Home) -> Result<(Arc<Engine>, UnixListener)> {
+async fn prepare(home: &Home) -> Result<(Engine, UnixListener)> {
     let store = home.images();
     let images = tokio::task::spawn_blocking(move || ImageStore::open(&store))
         .await?

@@ -67,6 +67,7 @@ impl VmmProcess {
 
 /// The VMM's role in this program: takes the control socket from standard input, leaves the daemon's session, and serves.
 pub(crate) fn run() -> Result<()> {
+    crate::daemon::log::start(true);
     // It fails only where the process leads a session already.
     let _ = rustix::process::setsid();
     let stdin = std::io::stdin();
@@ -74,7 +75,9 @@ pub(crate) fn run() -> Result<()> {
         stdin.as_fd().try_clone_to_owned().context("there is no control socket on standard input")?;
     let null = File::open("/dev/null").context("cannot open /dev/null")?;
     rustix::stdio::dup2_stdin(&null).context("cannot let go of standard input")?;
-    coracle_vmm::run(control).context("the virtual machine monitor failed")
+    let reason = coracle_vmm::run(control).context("the virtual machine monitor failed")?;
+    tracing::info!(%reason, "the machine has ended");
+    Ok(())
 }
 
 /// The last words of a VMM, for an error message.
