@@ -215,6 +215,7 @@ fn part(place: &str, name: &str, kernel_is_up: bool) -> Result<&'static str> {
         (_, "first-byte") => "container",
         ("cli", _) => "CLI",
         ("daemon", _) => "daemon",
+        ("vmm", "vsock-activated") => "kernel",
         ("vmm", "agent-ready") => "agent",
         ("vmm", _) => "VMM",
         ("guest", _) if kernel_is_up => "agent",
