@@ -31,9 +31,6 @@ pub enum RunError {
         "the VMM needs a listening SOCK_SEQPACKET unix socket as descriptor 3; it is started by the daemon, not by hand"
     )]
     NoControlSocket(#[source] std::io::Error),
-    /// KVM cannot be used.
-    #[error("KVM cannot be used")]
-    Hypervisor(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The process could not be confined.
     #[error("the VMM cannot give up its privileges")]
     Jail(#[source] std::io::Error),
@@ -55,8 +52,10 @@ pub fn run(control: OwnedFd) -> Result<ExitReason, RunError> {
     if !jail::is_control_socket(control.as_fd()) {
         return Err(RunError::NoControlSocket(std::io::ErrorKind::InvalidInput.into()));
     }
-    let kvm = KvmHypervisor::open().map_err(|error| RunError::Hypervisor(Box::new(error)))?;
-    jail::enter(&[jail::number(&control), kvm.raw_fd()]).map_err(RunError::Jail)?;
+    let kvm = KvmHypervisor::open();
+    let mut keep = vec![jail::number(&control)];
+    keep.extend(kvm.as_ref().map(KvmHypervisor::raw_fd));
+    jail::enter(&keep).map_err(RunError::Jail)?;
     rustix::io::ioctl_fionbio(&control, true).map_err(|errno| RunError::Serve(errno.into()))?;
-    server::serve(&kvm, control, started).map_err(RunError::Serve)
+    server::serve(kvm.map(|kvm| Box::new(kvm) as Box<_>), control, started).map_err(RunError::Serve)
 }

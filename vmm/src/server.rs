@@ -19,7 +19,7 @@ use crate::control::{
     Request, SocketError, Status, VsockListen, accept, receive,
 };
 use crate::devices::vsock::Accepted;
-use crate::hypervisor::Hypervisor;
+use crate::hypervisor::{Hypervisor, HypervisorError};
 use crate::machine::{Machine, Report, Reports};
 use crate::sys::borrow_event;
 use outbox::Outbox;
@@ -29,8 +29,12 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// The most connections of the guest that wait for a client.
 const MAX_WAITING: usize = 256;
 
-/// Serves `listener` until the machine is over.
-pub(crate) fn serve(hypervisor: &dyn Hypervisor, listener: OwnedFd, started: u64) -> io::Result<ExitReason> {
+/// Serves `listener` until the machine is over. Without a hypervisor, `boot` says why there is none.
+pub(crate) fn serve(
+    hypervisor: Result<Box<dyn Hypervisor>, HypervisorError>,
+    listener: OwnedFd,
+    started: u64,
+) -> io::Result<ExitReason> {
     let (sender, reports) = channel();
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
     let mut server = Server {
@@ -48,8 +52,8 @@ pub(crate) fn serve(hypervisor: &dyn Hypervisor, listener: OwnedFd, started: u64
     server.run(&reports)
 }
 
-struct Server<'a> {
-    hypervisor: &'a dyn Hypervisor,
+struct Server {
+    hypervisor: Result<Box<dyn Hypervisor>, HypervisorError>,
     listener: OwnedFd,
     client: Option<Outbox>,
     reports: Reports,
@@ -62,7 +66,7 @@ struct Server<'a> {
     waiting: VecDeque<Accepted>,
 }
 
-impl Server<'_> {
+impl Server {
     fn run(&mut self, reports: &Receiver<Report>) -> io::Result<ExitReason> {
         loop {
             self.wait(None)?;
@@ -250,8 +254,8 @@ impl Server<'_> {
             return Err("the machine has been booted already".into());
         }
         self.times.boot_request = Some(clock::now());
-        let machine =
-            Machine::boot(self.hypervisor, boot, fds, &self.reports).map_err(|error| chain(&error))?;
+        let hypervisor = self.hypervisor.as_deref().map_err(|error| chain(error))?;
+        let machine = Machine::boot(hypervisor, boot, fds, &self.reports).map_err(|error| chain(&error))?;
         for port in self.listening.keys() {
             machine.vsock.listen(*port);
         }

@@ -123,3 +123,6 @@ pub(crate) trait VirtioDevice: Send {
     /// The driver resets the device. When this returns, guest memory is no longer touched.
     fn reset(&mut self);
 }
+
+#[cfg(test)]
+mod tests;

@@ -385,7 +385,7 @@ mod tests {
             for (offset, value, len) in accesses {
                 let bytes = u64::from(value).to_le_bytes();
                 fixture.transport.write(offset, &bytes[..len.min(8)]);
-                fixture.transport.read(offset, &mut bytes.clone()[..len.min(8)]);
+                fixture.transport.read(offset, &mut [0; 8][..len.min(8)]);
             }
         }
     }

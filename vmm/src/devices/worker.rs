@@ -1,16 +1,17 @@
 //! The one way to start a device's thread, and the loop of devices that serve one queue, request by request. A thread
 //! that fails or panics turns its device into one that needs a reset; the machine goes on.
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{Activation, Broken};
+use super::{Activation, Broken, Signals};
 use crate::limit::warn_limited;
 use crate::memory::Memory;
 
@@ -20,7 +21,7 @@ use crate::memory::Memory;
 pub(crate) struct SpawnError {
     device: &'static str,
     #[source]
-    source: std::io::Error,
+    source: io::Error,
 }
 
 /// What a device's thread is told.
@@ -70,6 +71,8 @@ impl<T> Commands<T> {
 pub(crate) struct Inbox<T> {
     receiver: Receiver<Command<T>>,
     wake: Arc<EventFd>,
+    /// The signals of the last activation, for the case that the thread fails.
+    signals: Arc<Mutex<Option<Arc<Signals>>>>,
 }
 
 impl<T> Inbox<T> {
@@ -82,7 +85,13 @@ impl<T> Inbox<T> {
     pub(crate) fn next(&self) -> Option<Command<T>> {
         use std::sync::mpsc::TryRecvError;
         match self.receiver.try_recv() {
-            Ok(command) => Some(command),
+            Ok(command) => {
+                if let Command::Activate(activation) = &command {
+                    let mut signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
+                    *signals = Some(Arc::clone(&activation.signals));
+                }
+                Some(command)
+            }
             Err(TryRecvError::Empty) => None,
             Err(TryRecvError::Disconnected) => Some(Command::Stop),
         }
@@ -92,17 +101,23 @@ impl<T> Inbox<T> {
 /// Starts a device's thread.
 pub(crate) fn spawn<T: Send + 'static>(
     device: &'static str,
-    run: impl FnOnce(Inbox<T>) + Send + 'static,
+    run: impl FnOnce(Inbox<T>) -> io::Result<()> + Send + 'static,
 ) -> Result<(Commands<T>, JoinHandle<()>), SpawnError> {
     let failed = |source| SpawnError { device, source };
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?);
     let (sender, receiver) = channel();
-    let inbox = Inbox { receiver, wake: Arc::clone(&wake) };
+    let signals = Arc::default();
+    let inbox = Inbox { receiver, wake: Arc::clone(&wake), signals: Arc::clone(&signals) };
     let thread = std::thread::Builder::new()
         .name(device.into())
         .spawn(move || {
-            if catch_unwind(AssertUnwindSafe(|| run(inbox))).is_err() {
-                tracing::error!(device, "a device's thread failed");
+            match catch_unwind(AssertUnwindSafe(|| run(inbox))) {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => tracing::error!(device, %error, "a device's thread failed"),
+                Err(_) => tracing::error!(device, "a device's thread panicked"),
+            }
+            if let Some(signals) = signals.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+                signals.broken();
             }
         })
         .map_err(failed)?;
@@ -118,7 +133,11 @@ pub(crate) trait RequestHandler: Send + 'static {
 }
 
 /// Runs a device of one queue until it is stopped.
-pub(crate) fn serve_queue<H: RequestHandler>(device: &'static str, inbox: &Inbox<()>, mut handler: H) {
+pub(crate) fn serve_queue<H: RequestHandler>(
+    device: &'static str,
+    inbox: &Inbox<()>,
+    mut handler: H,
+) -> io::Result<()> {
     let mut active: Option<Activation> = None;
     loop {
         while let Some(command) = inbox.next() {
@@ -132,7 +151,7 @@ pub(crate) fn serve_queue<H: RequestHandler>(device: &'static str, inbox: &Inbox
                     // The transport waits, unless its thread has ended.
                     let _ = done.send(());
                 }
-                Command::Stop => return,
+                Command::Stop => return Ok(()),
                 Command::Other(()) => {}
             }
         }
@@ -182,5 +201,35 @@ fn wait(inbox: &Inbox<()>, active: Option<&Activation>) {
     for event in events.into_iter().flatten() {
         // Nothing to take is fine: the descriptors do not block.
         let _ = event.read();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+    use std::sync::atomic::Ordering;
+    use vm_memory::GuestAddress;
+
+    #[rstest::rstest]
+    #[case::it_panics(true)]
+    #[case::it_fails(false)]
+    fn a_thread_that_fails_makes_its_device_need_a_reset(#[case] panics: bool) {
+        let (commands, thread) = spawn::<()>("trial", move |inbox| {
+            while inbox.next().is_none() {
+                std::thread::yield_now();
+            }
+            assert!(!panics, "on purpose");
+            Err(io::ErrorKind::Other.into())
+        })
+        .unwrap();
+        let signals = Arc::new(Signals::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        let memory = memory::allocate(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let activation =
+            Activation { memory, queues: Vec::new(), features: 0, signals: Arc::clone(&signals) };
+        commands.send(Command::Activate(activation));
+        thread.join().unwrap();
+        assert_ne!(signals.status.load(Ordering::SeqCst), 0);
+        commands.reset();
     }
 }

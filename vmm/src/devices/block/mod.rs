@@ -65,9 +65,8 @@ impl Block {
             false => FEATURE_DISCARD | FEATURE_WRITE_ZEROES,
         };
         let config = config_space(backend.capacity() / SECTOR);
-        let (commands, thread) = worker::spawn(name, move |inbox| {
-            worker::serve_queue(name, &inbox, Requests::new(backend));
-        })?;
+        let (commands, thread) =
+            worker::spawn(name, move |inbox| worker::serve_queue(name, &inbox, Requests::new(backend)))?;
         Ok((Self { name, features, config, commands: commands.clone() }, commands, thread))
     }
 }

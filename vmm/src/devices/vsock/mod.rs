@@ -64,11 +64,8 @@ impl Vsock {
     ) -> Result<(Self, VsockHandle, JoinHandle<()>), SpawnError> {
         let shown = Arc::new(Shown::default());
         let for_thread = Arc::clone(&shown);
-        let (commands, thread) = super::worker::spawn(NAME, move |inbox| {
-            if let Err(error) = worker::run(&inbox, on_accept, &for_thread) {
-                tracing::error!(%error, "the vsock device failed");
-            }
-        })?;
+        let (commands, thread) =
+            super::worker::spawn(NAME, move |inbox| worker::run(&inbox, on_accept, &for_thread))?;
         let device = Self { commands: commands.clone(), config: GUEST_CID.to_le_bytes() };
         Ok((device, VsockHandle { commands, shown }, thread))
     }

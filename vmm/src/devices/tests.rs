@@ -1,0 +1,170 @@
+//! Every device against a guest that writes garbage: whatever stands in its rings and buffers, the device's thread lives
+//! on, tells the guest that it is broken or ignores it, and works again after a reset.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::block::{Block, DataDisk, LayersDisk, Segments};
+use super::rng::Rng;
+use super::vsock::{Vsock, VsockHandle};
+use super::*;
+use crate::memory::{self, Memory};
+
+const SIZE: u16 = 16;
+const MEMORY: usize = 0x10000;
+
+/// Where each queue's rings are.
+fn rings(index: usize) -> [u64; 3] {
+    let base = 0x1000 * (1 + index as u64);
+    [base, base + 0x400, base + 0x800]
+}
+
+fn queue(index: usize) -> Queue {
+    let mut queue = Queue::new(SIZE).unwrap();
+    let [table, available, used] = rings(index).map(|address| Some(address as u32));
+    queue.set_desc_table_address(table, Some(0));
+    queue.set_avail_ring_address(available, Some(0));
+    queue.set_used_ring_address(used, Some(0));
+    queue.set_ready(true);
+    queue
+}
+
+/// A descriptor, mostly within memory and mostly short.
+fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
+    let address = prop_oneof![8 => 0x8000u64..0xf000, 1 => any::<u64>()];
+    let len = prop_oneof![2 => Just(44u32), 2 => Just(16u32), 4 => 0u32..0x1000, 1 => any::<u32>()];
+    (address, len, 0u16..8, 0u16..SIZE + 2)
+}
+
+#[derive(Debug, Clone)]
+struct Garbage {
+    descriptors: Vec<(u64, u32, u16, u16)>,
+    heads: Vec<u16>,
+    index: u16,
+    content: Vec<u8>,
+    event_index: bool,
+}
+
+fn garbage() -> impl Strategy<Value = Garbage> {
+    let content = prop_oneof![prop::collection::vec(0u8..8, 64), prop::collection::vec(any::<u8>(), 64)];
+    (
+        prop::collection::vec(descriptor(), SIZE as usize),
+        prop::collection::vec(0..SIZE + 1, SIZE as usize),
+        prop_oneof![8 => 0..=SIZE, 1 => any::<u16>()],
+        content,
+        any::<bool>(),
+    )
+        .prop_map(|(descriptors, heads, index, content, event_index)| Garbage {
+            descriptors,
+            heads,
+            index,
+            content,
+            event_index,
+        })
+}
+
+fn fill(memory: &Memory, queues: usize, garbage: &Garbage) {
+    for at in (0x8000..0xf000).step_by(garbage.content.len()) {
+        memory.write_slice(&garbage.content, GuestAddress(at)).unwrap();
+    }
+    for index in 0..queues {
+        let [table, available, used] = rings(index);
+        for (number, (address, len, flags, next)) in (0u64..).zip(&garbage.descriptors) {
+            let at = table + 16 * number;
+            memory.write_obj(*address, GuestAddress(at)).unwrap();
+            memory.write_obj(*len, GuestAddress(at + 8)).unwrap();
+            memory.write_obj(*flags, GuestAddress(at + 12)).unwrap();
+            memory.write_obj(*next, GuestAddress(at + 14)).unwrap();
+        }
+        for (number, head) in (0u64..).zip(&garbage.heads) {
+            memory.write_obj(*head, GuestAddress(available + 4 + 2 * number)).unwrap();
+        }
+        memory.write_obj(garbage.index, GuestAddress(available + 2)).unwrap();
+        memory.write_obj(0u32, GuestAddress(used)).unwrap();
+    }
+}
+
+/// One life of a device: activation, a kick for every queue, reset.
+fn live(device: &mut dyn VirtioDevice, garbage: &Garbage) {
+    let memory = memory::allocate(&[(GuestAddress(0), MEMORY)]).unwrap();
+    let count = device.queue_sizes().len();
+    fill(&memory, count, garbage);
+    let queues: Vec<_> = (0..count)
+        .map(|index| {
+            let mut queue = queue(index);
+            queue.set_event_idx(garbage.event_index);
+            ActiveQueue { queue, kick: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()) }
+        })
+        .collect();
+    let kicks: Vec<_> = queues.iter().map(|queue| Arc::clone(&queue.kick)).collect();
+    let signals = Arc::new(Signals::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+    device.activate(Activation { memory, queues, features: COMMON_FEATURES, signals });
+    kicks.iter().for_each(|kick| kick.write(1).unwrap());
+    device.reset();
+}
+
+fn vsock() -> (Vsock, VsockHandle, JoinHandle<()>) {
+    let (device, handle, thread) = Vsock::new(drop).unwrap();
+    for port in 0..8 {
+        handle.listen(port);
+    }
+    (device, handle, thread)
+}
+
+fn data_file() -> OwnedFd {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    file.into()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn garbage_in_the_rings_harms_no_device(lives in prop::collection::vec(garbage(), 1..8)) {
+        let (mut vsock, handle, vsock_thread) = vsock();
+        let (mut rng, _, rng_thread) = Rng::new().unwrap();
+        let (mut data, _, data_thread) = Block::new(DataDisk::new(data_file(), 1 << 20).unwrap()).unwrap();
+        let segments = Segments::new(1 << 20).unwrap();
+        segments.attach(0, 1 << 16, data_file()).unwrap();
+        let (mut layers, _, layers_thread) = Block::new(LayersDisk::new(segments)).unwrap();
+        for garbage in &lives {
+            let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+            handle.connect(5, ours.as_fd().try_clone_to_owned().unwrap());
+            let devices: [&mut dyn VirtioDevice; 4] = [&mut vsock, &mut rng, &mut data, &mut layers];
+            for device in devices {
+                live(device, garbage);
+            }
+        }
+        for thread in [&vsock_thread, &rng_thread, &data_thread, &layers_thread] {
+            prop_assert!(!thread.is_finished());
+        }
+    }
+}
+
+#[test]
+fn a_ring_that_runs_ahead_makes_the_device_need_a_reset() {
+    let (mut device, _, _thread) = Rng::new().unwrap();
+    let memory = memory::allocate(&[(GuestAddress(0), MEMORY)]).unwrap();
+    memory.write_obj(SIZE + 1, GuestAddress(rings(0)[1] + 2)).unwrap();
+    let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    let signals = Arc::new(Signals::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+    let queues = vec![ActiveQueue { queue: queue(0), kick: Arc::clone(&kick) }];
+    let activation = Activation { memory, queues, features: COMMON_FEATURES, signals: Arc::clone(&signals) };
+    device.activate(activation);
+    kick.write(1).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while signals.status.load(Ordering::SeqCst) & STATUS_NEEDS_RESET == 0 {
+        assert!(Instant::now() < deadline, "the device does not say that it is broken");
+        std::thread::yield_now();
+    }
+    assert_eq!(signals.pending(), INTERRUPT_CONFIG);
+    device.reset();
+}
