@@ -3,9 +3,9 @@
 
 mod start;
 
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use coracle_agent_api::{AgentState, DiffId, ErrorKind, ExitStatus, ProcessId, Retain};
 use tokio::sync::watch;
@@ -47,6 +47,8 @@ pub(crate) struct Agent {
     mount_point: String,
     die_with_agent: bool,
     shutdown: watch::Sender<bool>,
+    /// Set before everything is killed; what starts afterwards kills itself.
+    stopping: AtomicBool,
 }
 
 impl Agent {
@@ -72,6 +74,7 @@ impl Agent {
             mount_point,
             die_with_agent,
             shutdown: watch::Sender::new(false),
+            stopping: AtomicBool::new(false),
         }))
     }
 
@@ -148,10 +151,10 @@ impl Agent {
 
     /// Kills every container, and waits until nothing of them is left.
     pub(crate) async fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
         for process in self.processes.all() {
-            if !process.has_ended() {
-                let _ = crate::sys::pidfd_send_signal(process.pidfd.get_ref().as_fd(), libc::SIGKILL as u8);
-            }
+            // One that has ended meanwhile is what is wanted.
+            let _ = process.signal(libc::SIGKILL as u8);
         }
         for id in self.containers.ids() {
             self.containers.wait_gone(&id).await;

@@ -3,7 +3,6 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 
 use coracle_agent_api::{AGENT_PORT, READY_PORT};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
@@ -133,12 +132,8 @@ async fn serve(fork_server: fork_server::Unattached, mut phases: Phases) -> io::
         result = server => result.map_err(io::Error::other)??,
         () = agent.shutdown_requested() => {}
     }
-    stop(agent).await;
-    Ok(())
-}
-
-async fn stop(agent: Arc<Agent>) {
     agent.stop().await;
+    Ok(())
 }
 
 /// Grows the data disk's file system to the size of the disk.

@@ -32,8 +32,8 @@ use agent::Agent;
 use coracle_agent_api::{API_VERSION, Hello, Phase};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Threads for work that blocks.
-const BLOCKING_THREADS: usize = 4;
+/// Threads for work that blocks; unmounting can be slow where the disk is.
+const BLOCKING_THREADS: usize = 16;
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(BLOCKING_THREADS).build()

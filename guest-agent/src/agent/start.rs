@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use coracle_agent_api::frame::Kind;
 use coracle_agent_api::{
@@ -51,14 +52,17 @@ impl Agent {
         let reservation = self.processes.reserve(&id)?;
         self.containers.wait_gone(&id).await;
         self.containers.begin(&id);
-        let result = self.start_reserved(&id, spec, since).await;
-        match result {
-            Ok((process, started)) => {
-                reservation.fill(process);
-                Ok(started)
-            }
-            // Whatever failed has given back what it held, and told so by `gone`.
-            Err(error) => Err(error),
+        // What fails in there has given back what it held.
+        let (process, started) = self.start_reserved(&id, spec, since).await?;
+        reservation.fill(process.clone());
+        self.kill_if_stopping(&process);
+        Ok(started)
+    }
+
+    /// A process that was being started when everything was killed was not among what was killed.
+    fn kill_if_stopping(&self, process: &Process) {
+        if self.stopping.load(Ordering::SeqCst) {
+            let _ = process.signal(libc::SIGKILL as u8);
         }
     }
 
@@ -143,7 +147,8 @@ impl Agent {
             None => conflict(format!("container {} is not running", container.id.short())),
         })?;
         self.supervise(process.clone(), container.cgroup.clone(), None);
-        reservation.fill(process);
+        reservation.fill(process.clone());
+        self.kill_if_stopping(&process);
         Ok(started)
     }
 

@@ -23,11 +23,13 @@ pub(super) struct Prepared {
     env: Vec<CString>,
 }
 
-/// Writes `oom_score_adj`; /proc must still be the agent's.
+/// Writes `oom_score_adj`, which was inherited from the fork server; /proc must still be the agent's.
 pub(super) fn set_oom_score(process: &ProcessSpec) -> Result<()> {
-    match process.oom_score_adj {
-        Some(score) => std::fs::write("/proc/self/oom_score_adj", score.to_string()).at("set oom_score_adj"),
-        None => Ok(()),
+    let score = process.oom_score_adj.unwrap_or(0).to_string();
+    match (std::fs::write("/proc/self/oom_score_adj", score), process.oom_score_adj) {
+        (result, Some(_)) => result.at("set oom_score_adj"),
+        // Refused only where the agent itself runs with a higher one and without CAP_SYS_RESOURCE.
+        (_, None) => Ok(()),
     }
 }
 

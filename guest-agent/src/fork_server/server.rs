@@ -22,6 +22,8 @@ pub(super) fn run(socket: OwnedFd) -> ! {
     let _ = rustix::thread::set_name(c"coracle-fork");
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    // Needs CAP_SYS_RESOURCE, which an agent that is not PID 1 may lack.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-999");
     sys::reset_signals();
     let code = match serve(&socket) {
         Ok(()) => 0,

@@ -59,9 +59,8 @@ impl Stdin {
         let mut sink = self.sink.lock().await;
         let mut buffer = vec![0; 64 * 1024];
         loop {
-            let read = source.read(&mut buffer).await;
             let Some(open) = sink.as_ref() else { return };
-            match read {
+            match source.read(&mut buffer).await {
                 Ok(0) => {
                     if matches!(open, Sink::Pipe(_)) {
                         *sink = None;
