@@ -17,7 +17,7 @@ fn a_container_runs_and_its_exit_code_is_the_clients() {
         (0, &["true"][..]),
         (1, &["false"]),
         (7, &["sh", "-c", "exit 7"]),
-        (137, &["sh", "-c", "kill -9 $$"]),
+        (137, &["sh", "-c", "sh -c 'kill -9 $$'; exit $?"]),
         (127, &["nosuch"]),
         (126, &["/etc/passwd"]),
     ] {

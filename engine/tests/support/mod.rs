@@ -19,7 +19,7 @@ use coracle_image_store::ImageStore;
 use tokio::sync::oneshot;
 
 /// The agent's program, built once.
-pub fn agent_program() -> &'static Path {
+pub(crate) fn agent_program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         assert!(
@@ -39,19 +39,19 @@ pub fn agent_program() -> &'static Path {
 }
 
 /// What is kept from one daemon to the next.
-pub struct Machine {
-    pub home: tempfile::TempDir,
+pub(crate) struct Machine {
+    pub(crate) home: tempfile::TempDir,
 }
 
 /// A running engine.
-pub struct Daemon {
+pub(crate) struct Daemon {
     machine: Arc<Machine>,
     shutdown: Option<oneshot::Sender<()>>,
     thread: Option<thread::JoinHandle<ServeEnd>>,
 }
 
 impl Machine {
-    pub fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self { home: tempfile::tempdir().unwrap() })
     }
 
@@ -61,7 +61,7 @@ impl Machine {
     }
 
     /// Kills the agent, as when a VM is killed from outside.
-    pub fn kill_sandbox(&self) {
+    pub(crate) fn kill_sandbox(&self) {
         let pid = self.agent_pid().expect("the sandbox runs");
         assert!(Command::new("kill").args(["-9", &pid]).status().unwrap().success());
     }
@@ -81,7 +81,7 @@ impl Drop for Machine {
 }
 
 impl Daemon {
-    pub fn start(machine: &Arc<Machine>) -> Self {
+    pub(crate) fn start(machine: &Arc<Machine>) -> Self {
         let (shutdown, asked) = oneshot::channel::<()>();
         let (ready, is_ready) = std::sync::mpsc::channel();
         let home = machine.home.path().to_owned();
@@ -112,21 +112,21 @@ impl Daemon {
     }
 
     /// Ends the engine; containers run on.
-    pub fn end(mut self) -> ServeEnd {
+    pub(crate) fn end(mut self) -> ServeEnd {
         self.shutdown.take().map(|shutdown| shutdown.send(()));
         self.thread.take().unwrap().join().unwrap()
     }
 
     /// Waits until the engine ends by itself.
-    pub fn wait(mut self) -> ServeEnd {
+    pub(crate) fn wait(mut self) -> ServeEnd {
         self.thread.take().unwrap().join().unwrap()
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.machine.home.path().join("docker.sock")
     }
 
-    pub fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("docker");
         command.args(args);
         command.env("DOCKER_HOST", format!("unix://{}", self.socket().display()));
@@ -135,19 +135,19 @@ impl Daemon {
         command
     }
 
-    pub fn docker(&self, args: &[&str]) -> Output {
+    pub(crate) fn docker(&self, args: &[&str]) -> Output {
         self.command(args).stdin(Stdio::null()).output().expect("docker is on PATH")
     }
 
     /// Runs docker, which must succeed; gives what it printed.
-    pub fn ok(&self, args: &[&str]) -> String {
+    pub(crate) fn ok(&self, args: &[&str]) -> String {
         let output = self.docker(args);
         assert!(output.status.success(), "docker {args:?}: {}{}", text(&output.stdout), text(&output.stderr));
         text(&output.stdout)
     }
 
     /// Runs docker, which must fail with this code; gives what it printed on stderr.
-    pub fn fails(&self, code: i32, args: &[&str]) -> String {
+    pub(crate) fn fails(&self, code: i32, args: &[&str]) -> String {
         let output = self.docker(args);
         assert_eq!(
             output.status.code(),
@@ -160,7 +160,7 @@ impl Daemon {
     }
 
     /// Runs docker with bytes on its standard input.
-    pub fn with_input(&self, args: &[&str], input: Vec<u8>) -> Output {
+    pub(crate) fn with_input(&self, args: &[&str], input: Vec<u8>) -> Output {
         let mut child = self
             .command(args)
             .stdin(Stdio::piped())
@@ -178,7 +178,7 @@ impl Daemon {
     }
 
     /// A request to the API without the CLI: status and body.
-    pub fn api(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+    pub(crate) fn api(&self, method: &str, path: &str, body: &str) -> (u16, String) {
         let output = Command::new("curl")
             .args(["--silent", "--show-error", "--max-time", "30", "--unix-socket"])
             .arg(self.socket())
@@ -193,7 +193,7 @@ impl Daemon {
     }
 
     /// Loads a one-layer busybox image.
-    pub fn load_busybox(&self) {
+    pub(crate) fn load_busybox(&self) {
         let archive = busybox_archive(self.machine.home.path());
         assert!(self.ok(&["load", "-i", archive.to_str().unwrap()]).contains("Loaded image: busybox:latest"));
     }
@@ -209,14 +209,14 @@ impl Drop for Daemon {
 }
 
 /// An engine with busybox loaded.
-pub fn with_busybox() -> (Arc<Machine>, Daemon) {
+pub(crate) fn with_busybox() -> (Arc<Machine>, Daemon) {
     let machine = Machine::new();
     let daemon = Daemon::start(&machine);
     daemon.load_busybox();
     (machine, daemon)
 }
 
-pub fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
