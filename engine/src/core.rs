@@ -28,7 +28,7 @@ use crate::{
     io::{Fanout, Pump},
     sandbox::{SandboxFactory, SandboxId},
     sandboxes::{Host, Sandboxes},
-    store::Store,
+    store::{Records, Store},
     time::UnixNanos,
     timings::Timings,
 };
@@ -137,7 +137,7 @@ impl Core {
         Ok(())
     }
 
-    async fn load(self: &Arc<Self>, records: Vec<(String, Vec<u8>)>) -> Result<()> {
+    async fn load(self: &Arc<Self>, records: Records) -> Result<()> {
         let mut known = HashSet::new();
         for (id, bytes) in records {
             known.insert(id.clone());
@@ -258,8 +258,6 @@ impl Core {
         }
     }
 }
-
-type Records = Vec<(String, Vec<u8>)>;
 
 fn open_home(home: &Path) -> Result<(Store, Records)> {
     let folder = home.join("containers");

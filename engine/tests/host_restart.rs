@@ -89,7 +89,7 @@ fn a_sandbox_that_dies_ends_its_containers_and_the_next_start_makes_a_new_one() 
         "echo up; sleep 1000",
     ]);
     daemon.ok(&["run", "-d", "--rm", "--name", "gone", "--network", "none", "busybox", "sleep", "1000"]);
-    let events = daemon
+    let mut events = daemon
         .command(&[
             "events",
             "--since",
@@ -104,11 +104,13 @@ fn a_sandbox_that_dies_ends_its_containers_and_the_next_start_makes_a_new_one() 
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut events_out = BufReader::new(events.stdout.unwrap()).lines();
+    let mut events_out = BufReader::new(events.stdout.take().unwrap()).lines();
     let wait = daemon.command(&["wait", "web"]).stdout(Stdio::piped()).spawn().unwrap();
     machine.kill_sandbox();
     assert_eq!(text(&wait.wait_with_output().unwrap().stdout), "255\n");
     assert_eq!(events_out.next().unwrap().unwrap(), "die 255");
+    events.kill().unwrap();
+    events.wait().unwrap();
     let state =
         daemon.ok(&["inspect", "-f", "{{.State.Status}} {{.State.ExitCode}} {{.State.Error}}", "web"]);
     assert!(state.starts_with("exited 255 its sandbox died"), "{state}");

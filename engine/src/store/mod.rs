@@ -32,6 +32,9 @@ pub enum StoreError {
     Closed,
 }
 
+/// Keys and values.
+pub(crate) type Records = Vec<(String, Vec<u8>)>;
+
 enum Change {
     Put(Vec<u8>),
     Delete,
@@ -51,7 +54,7 @@ pub(crate) struct Store {
 
 impl Store {
     /// Opens or makes the file, and reads every record.
-    pub(crate) fn open(path: &Path) -> Result<(Self, Vec<(String, Vec<u8>)>), StoreError> {
+    pub(crate) fn open(path: &Path) -> Result<(Self, Records), StoreError> {
         let database = open_database(path)?;
         let records = read_all(&database).map_err(|error| failed(path, error))?;
         let (writes, inbox) = mpsc::channel();
@@ -99,7 +102,7 @@ fn open_database(path: &Path) -> Result<Database, StoreError> {
     Database::create(path).map_err(|error| failed(path, error.into()))
 }
 
-fn read_all(database: &Database) -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+fn read_all(database: &Database) -> Result<Records, redb::Error> {
     let transaction = database.begin_read()?;
     let table = match transaction.open_table(CONTAINERS) {
         Ok(table) => table,
