@@ -312,3 +312,18 @@ impl Drop for Signals {
         let _ = self.0.thread_unblock();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_job_keeps_its_words_and_its_folder() {
+        let words = ["echo".to_owned(), "it's $HOME".to_owned()];
+        let script = script(&words, false).unwrap();
+        let here = std::env::current_dir().unwrap();
+        assert!(script.contains(&format!("cd {}", here.display())), "{script}");
+        assert!(script.ends_with("exec echo 'it'\\''s $HOME'\n"), "{script}");
+        assert!(!script.contains("mount -t 9p"), "{script}");
+    }
+}
