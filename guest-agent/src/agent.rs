@@ -96,6 +96,8 @@ impl Agent {
 
     /// Unmounts a layer.
     pub(crate) async fn release_layer(&self, id: DiffId) -> Result<()> {
+        // Containers that have ended hold their layers a moment longer.
+        self.containers.wait_ended_gone().await;
         let layers = self.layers.clone();
         blocking(move || layers.release(&id)).await
     }

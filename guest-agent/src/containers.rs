@@ -51,8 +51,14 @@ pub(crate) struct Containers {
 }
 
 struct Entry {
-    running: Option<Arc<Container>>,
+    state: State,
     gone: watch::Sender<bool>,
+}
+
+enum State {
+    Starting,
+    Running(Arc<Container>),
+    Ended,
 }
 
 impl Containers {
@@ -62,21 +68,21 @@ impl Containers {
 
     /// A container is about to be started; nothing of an earlier run with this id is left.
     pub(crate) fn begin(&self, id: &ProcessId) {
-        let entry = Entry { running: None, gone: watch::Sender::new(false) };
+        let entry = Entry { state: State::Starting, gone: watch::Sender::new(false) };
         self.map().insert(id.clone(), entry);
     }
 
     /// It runs.
     pub(crate) fn runs(&self, container: Arc<Container>) {
         if let Some(entry) = self.map().get_mut(&container.id) {
-            entry.running = Some(container);
+            entry.state = State::Running(container);
         }
     }
 
     /// Its first process has ended: no one can join any more.
     pub(crate) fn ended(&self, id: &ProcessId) {
         if let Some(entry) = self.map().get_mut(id) {
-            entry.running = None;
+            entry.state = State::Ended;
         }
     }
 
@@ -89,7 +95,10 @@ impl Containers {
 
     /// A running container.
     pub(crate) fn running(&self, id: &ProcessId) -> Option<Arc<Container>> {
-        self.map().get(id)?.running.clone()
+        match &self.map().get(id)?.state {
+            State::Running(container) => Some(container.clone()),
+            State::Starting | State::Ended => None,
+        }
     }
 
     /// Waits until nothing is left of a container.
@@ -97,6 +106,15 @@ impl Containers {
         let receiver = self.map().get(id).map(|entry| entry.gone.subscribe());
         if let Some(mut receiver) = receiver {
             let _ = receiver.wait_for(|gone| *gone).await;
+        }
+    }
+
+    /// Waits until nothing is left of any container that has ended by now.
+    pub(crate) async fn wait_ended_gone(&self) {
+        let ended = |entry: &Entry| matches!(entry.state, State::Ended).then(|| entry.gone.subscribe());
+        let ended: Vec<_> = self.map().values().filter_map(ended).collect();
+        for mut gone in ended {
+            let _ = gone.wait_for(|gone| *gone).await;
         }
     }
 

@@ -59,7 +59,7 @@ impl Storage {
         options.push(("workdir", text(&work).at(step)?));
         // Whatever the kernel's defaults are: a rename of a lower directory gives EXDEV, as with Docker, and the upper
         // layer holds whole files, so that it can be read without the lower ones.
-        options.extend([("redirect_dir", "off"), ("metacopy", "off"), ("index", "off"), ("xino", "auto")]);
+        options.extend([("redirect_dir", "off"), ("metacopy", "off"), ("index", "off"), ("xino", "off")]);
         mounts::new("overlay", &options, MountAttrFlags::MOUNT_ATTR_NODEV).at(step)
     }
 

@@ -285,6 +285,7 @@ async fn a_hundred_layers_are_no_problem() {
     assert_eq!(agent.run(&spec).await.unwrap().text(), "100\n");
     let state: coracle_agent_api::AgentState = agent.get("/v1/state").await.unwrap();
     assert_eq!(state.layers.len(), 101);
+    // Though the container's root may still be mounted at this moment.
     for layer in state.layers {
         agent.delete(&format!("/v1/layers/{}", layer.diff_id)).await.unwrap();
     }
