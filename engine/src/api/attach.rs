@@ -11,7 +11,7 @@ use crate::{
     http::{
         Request, Response, body,
         detach::DetachKeys,
-        hijack::{self, Framing, Incoming, Outgoing, content_type},
+        hijack::{self, Framing, Incoming, Outgoing, Presence, content_type},
     },
     io::{Chunk, Input},
     logs::{self, Log, Position, ReadOptions},
@@ -34,16 +34,22 @@ pub(super) struct Session {
 
 impl Session {
     /// Runs until the process's output ends or the client leaves.
-    pub(super) async fn run(self, incoming: Incoming, mut outgoing: Outgoing) {
+    pub(super) async fn run(self, incoming: Incoming, mut outgoing: Outgoing, presence: Presence) {
         let Self { replay, output, input, framing, closes_stdin, detach } = self;
         {
             let mut writing = std::pin::pin!(write(replay, output, framing, &mut outgoing));
-            let leaves = tokio::select! {
-                () = &mut writing => true,
-                leaves = read(incoming, input, closes_stdin, detach) => leaves,
-            };
-            if !leaves {
-                writing.await;
+            let mut reading = std::pin::pin!(read(incoming, input, closes_stdin, detach));
+            let mut lost = std::pin::pin!(presence.lost());
+            tokio::select! {
+                () = &mut writing => {}
+                // What it sent before it went still counts.
+                () = &mut lost => drop(reading.await),
+                leaves = &mut reading => if !leaves {
+                    tokio::select! {
+                        () = &mut writing => {}
+                        () = &mut lost => {}
+                    }
+                },
             }
         }
         outgoing.close().await;
@@ -152,8 +158,8 @@ pub(crate) fn attach(mut request: Request, id: &str) -> Result<Response> {
     let content_type = content_type(tty, request.version);
     if hijack::wants_upgrade(&request) {
         let keep = Arc::clone(&container);
-        return hijack::hijack(&mut request, content_type, move |incoming, outgoing| async move {
-            session.run(incoming, outgoing).await;
+        return hijack::hijack(&mut request, content_type, move |incoming, outgoing, presence| async move {
+            session.run(incoming, outgoing, presence).await;
             drop(keep);
         });
     }

@@ -70,21 +70,29 @@ pub(crate) async fn start(mut request: Request, id: &str) -> Result<Response> {
     let content_type = content_type(tty, request.version);
     let session = session(&exec, tty)?;
     if hijack::wants_upgrade(&request) {
-        return hijack::hijack(&mut request, content_type, move |incoming, mut outgoing| async move {
-            if let Err(error) = exec.start(&core, options.console_size).await {
-                // The head is out: the error is a part of the stream, and the exit code tells the class.
-                let _ = outgoing
-                    .send(
-                        &session
-                            .framing
-                            .frame(crate::logs::Stream::Stderr, format!("{error}\r\n").as_bytes()),
-                    )
-                    .await;
-                outgoing.close().await;
-                return;
-            }
-            session.run(incoming, outgoing).await;
-        });
+        return hijack::hijack(
+            &mut request,
+            content_type,
+            move |incoming, mut outgoing, presence| async move {
+                let (starter, started) = (Arc::clone(&core), Arc::clone(&exec));
+                let result =
+                    to_its_end(&core, async move { started.start(&starter, options.console_size).await })
+                        .await;
+                if let Err(error) = result {
+                    // The head is out: the error is a part of the stream, and the exit code tells the class.
+                    let _ = outgoing
+                        .send(
+                            &session
+                                .framing
+                                .frame(crate::logs::Stream::Stderr, format!("{error}\r\n").as_bytes()),
+                        )
+                        .await;
+                    outgoing.close().await;
+                    return;
+                }
+                session.run(incoming, outgoing, presence).await;
+            },
+        );
     }
     if exec.config.attach_stdin {
         return Err(Error::invalid(

@@ -40,8 +40,8 @@ async fn answer(
 ) -> bytes::Bytes {
     let value = match lifecycle.wait_for(|now| condition(now, exits)).await {
         Ok(now) => {
-            // Docker tells an error only for a container that never ran.
-            let error = (now.exits == 0 && !now.error.is_empty()).then(|| json!({ "Message": now.error }));
+            // Whoever waits for the removal is told of nothing but a failure to remove.
+            let error = (!now.removed && !now.error.is_empty()).then(|| json!({ "Message": now.error }));
             match error {
                 Some(error) => json!({ "StatusCode": now.exit_code, "Error": error }),
                 None => json!({ "StatusCode": now.exit_code }),

@@ -1,10 +1,12 @@
 //! Connections that stop being HTTP: `Connection: Upgrade, Upgrade: tcp`, then bytes in both directions.
 
+use std::io::ErrorKind;
+
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt, Interest},
     net::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
@@ -69,6 +71,31 @@ impl Outgoing {
     }
 }
 
+/// Tells when the client has closed its end altogether, which a half-close is not.
+pub(crate) struct Presence {
+    stream: UnixStream,
+}
+
+impl Presence {
+    /// A second descriptor of the connection, so that waiting here does not take readiness away from those who write.
+    fn of(stream: &UnixStream) -> std::io::Result<Self> {
+        let twin = rustix::io::dup(stream)?;
+        Ok(Self { stream: UnixStream::from_std(twin.into())? })
+    }
+
+    /// Returns when the client is gone.
+    pub(crate) async fn lost(self) {
+        loop {
+            match self.stream.ready(Interest::WRITABLE).await {
+                Ok(ready) if !ready.is_write_closed() => {}
+                _ => return,
+            }
+            // Not yet: wait for the next change.
+            let _ = self.stream.try_io(Interest::WRITABLE, || Err::<(), _>(ErrorKind::WouldBlock.into()));
+        }
+    }
+}
+
 /// Whether the client can be given the connection.
 pub(crate) fn wants_upgrade(request: &Request) -> bool {
     let is = |name: header::HeaderName, wanted: &str| {
@@ -81,7 +108,7 @@ pub(crate) fn wants_upgrade(request: &Request) -> bool {
 /// Answers 101 and gives the connection to `session` when the answer is out.
 pub(crate) fn hijack<S, F>(request: &mut Request, content_type: &'static str, session: S) -> Result<Response>
 where
-    S: FnOnce(Incoming, Outgoing) -> F + Send + 'static,
+    S: FnOnce(Incoming, Outgoing, Presence) -> F + Send + 'static,
     F: Future<Output = ()> + Send + 'static,
 {
     let upgrade =
@@ -91,8 +118,10 @@ where
         let Ok(upgraded) = upgrade.await else { return };
         // The server serves nothing but Unix sockets.
         let Ok(parts) = upgraded.downcast::<TokioIo<UnixStream>>() else { return };
-        let (half, write_half) = parts.io.into_inner().into_split();
-        session(Incoming { buffered: parts.read_buf, half }, Outgoing { half: write_half }).await;
+        let stream = parts.io.into_inner();
+        let Ok(presence) = Presence::of(&stream) else { return };
+        let (half, write_half) = stream.into_split();
+        session(Incoming { buffered: parts.read_buf, half }, Outgoing { half: write_half }, presence).await;
     }));
     let mut response = body::empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = response.headers_mut();
