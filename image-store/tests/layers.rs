@@ -238,9 +238,12 @@ fn layers_cut_anywhere_inside_are_refused() {
             assert!(convert(&blob[..length]).is_err(), "{length} of {}", blob.len());
         }
     }
-    // Between entries a tar stream may end, as GNU tar and Go allow; the digest tells whether it should have.
-    for length in (0..4608).filter(|length| length % 512 != 0) {
-        assert!(convert(&tar[..length]).is_err(), "{length}");
+    // A tar stream may end between entries and inside the padding of the last one, as Go's reader allows and umoci writes them; the digest tells
+    // whether it should have.
+    let complete = [3512..=3584, 4097..=4608];
+    for length in 1..4608 {
+        let may_end = complete.iter().any(|range| range.contains(&length));
+        assert_eq!(convert(&tar[..length]).is_ok(), may_end, "{length}");
     }
 }
 

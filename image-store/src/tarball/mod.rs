@@ -262,6 +262,8 @@ impl<R: Read> TarStream<R> {
             let left = self.remaining.saturating_add(self.padding);
             let want = usize::try_from(left).unwrap_or(usize::MAX).min(scratch.len());
             match self.inner.read(&mut scratch[..want]) {
+                // The last entry need not be padded: umoci's layers are not, and Go's reader (that is, Docker) takes them.
+                Ok(0) if self.remaining == 0 => self.padding = 0,
                 Ok(0) => return Err(TarError::Truncated(self.offset)),
                 Ok(read) => self.consumed(read as u64),
                 Err(error) => self.retry_or_fail(error)?,
