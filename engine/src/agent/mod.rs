@@ -4,6 +4,8 @@
 //! their length and their order. What is wrong ends the one call that saw it.
 
 mod output;
+#[cfg(test)]
+mod tests;
 
 use std::{io, sync::Arc, time::Duration};
 

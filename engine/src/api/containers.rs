@@ -6,7 +6,7 @@ use coracle_agent_api::TerminalSize;
 use http::StatusCode;
 use serde_json::{Map, Value, json};
 
-use super::{list, to_its_end};
+use super::{list, refuse, to_its_end};
 use crate::{
     container::{Container, record::Record, signal, state::Status},
     error::{Error, Kind, Result},
@@ -16,14 +16,13 @@ use crate::{
 };
 
 pub(crate) fn list(request: &Request) -> Result<Response> {
+    refuse(request, "size", "--size")?;
     Ok(body::ok(&list::select(&request.core, &request.query)?))
 }
 
 pub(crate) async fn start(request: &Request, id: &str) -> Result<Response> {
     let container = request.core.containers.find(id)?;
-    if request.query.get("checkpoint").is_some() {
-        return Err(Error::unsupported("checkpoints are not supported by Coracle"));
-    }
+    refuse(request, "checkpoint", "--checkpoint")?;
     let asked = request.received;
     to_its_end(&request.core, async move { container.start(asked).await }).await?;
     Ok(body::empty(StatusCode::NO_CONTENT))
@@ -83,9 +82,7 @@ pub(crate) async fn rename(request: &Request, id: &str) -> Result<Response> {
 
 pub(crate) async fn remove(request: &Request, id: &str) -> Result<Response> {
     let container = request.core.containers.find(id)?;
-    if request.query.flag("link") {
-        return Err(Error::unsupported("--link is not supported by Coracle: containers have no links"));
-    }
+    refuse(request, "link", "--link")?;
     let force = request.query.flag("force");
     // `v` asks for the removal of anonymous volumes, of which there are none.
     to_its_end(&request.core, async move { container.remove(force).await }).await?;

@@ -3,7 +3,7 @@
 use coracle_image_store::{Error as ImageError, Image, ImageId, ImageSummary, Reference, Removal};
 use serde_json::{Value, json};
 
-use super::images;
+use super::{images, refuse};
 use crate::{
     error::{Error, Result},
     http::{Request, Response, body, filters::Filters},
@@ -80,6 +80,8 @@ async fn find(request: &Request, name: &str) -> Result<Image> {
 }
 
 pub(crate) async fn inspect(request: &Request, name: &str) -> Result<Response> {
+    refuse(request, "platform", "--platform")?;
+    refuse(request, "manifests", "manifests")?;
     let image = find(request, name).await?;
     let config = &image.config;
     let layers: Vec<String> = config.rootfs.diff_ids.iter().map(ToString::to_string).collect();
@@ -106,6 +108,7 @@ pub(crate) async fn inspect(request: &Request, name: &str) -> Result<Response> {
 }
 
 pub(crate) async fn history(request: &Request, name: &str) -> Result<Response> {
+    refuse(request, "platform", "--platform")?;
     let image = find(request, name).await?;
     let lines: Vec<Value> = image
         .history()
@@ -145,6 +148,7 @@ pub(crate) async fn tag(request: &Request, name: &str) -> Result<Response> {
 }
 
 pub(crate) async fn remove(request: &Request, name: &str) -> Result<Response> {
+    refuse(request, "platforms", "--platform")?;
     let core = &request.core;
     let force = request.query.flag("force");
     let _alone = core.image_gate.write().await;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use super::refuse;
 use crate::{
     error::{Error, Result, chain},
     http::{
@@ -46,6 +47,7 @@ impl Shown {
 }
 
 pub(crate) fn logs(request: &Request, id: &str) -> Result<Response> {
+    refuse(request, "details", "--details")?;
     let query = &request.query;
     let container = request.core.containers.find(id)?;
     let tty = container.record().config.tty;

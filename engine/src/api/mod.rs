@@ -18,7 +18,11 @@ use std::sync::Arc;
 
 use coracle_image_store::ImageStore;
 
-use crate::{core::Core, error::Result};
+use crate::{
+    core::Core,
+    error::{Error, Kind, Result},
+    http::Request,
+};
 
 /// Runs something of the image store's, which is synchronous, on a thread of its own.
 pub(crate) async fn images<T, E>(
@@ -28,16 +32,27 @@ pub(crate) async fn images<T, E>(
 where
     T: Send + 'static,
     E: Send + 'static,
-    crate::error::Error: From<E>,
+    Error: From<E>,
 {
     let images = Arc::clone(&core.images);
     Ok(tokio::task::spawn_blocking(move || work(&images)).await??)
 }
 
-/// Does something to its end even if the client goes away meanwhile.
+/// Does something to its end even if the client goes away meanwhile; only the end of the daemon cuts it short.
 pub(crate) async fn to_its_end<T: Send + 'static>(
     core: &Core,
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
-    core.tasks.spawn(work).await?
+    let done = core.tasks.spawn(core.closing.clone().run_until_cancelled_owned(work)).await?;
+    done.ok_or_else(|| Error::new(Kind::Unavailable, "the daemon is ending"))?
+}
+
+/// Refuses a parameter of a query that asks for what is not there yet; its name in Docker's CLI is for people.
+pub(crate) fn refuse(request: &Request, parameter: &str, option: &str) -> Result<()> {
+    let asked = request.query.get(parameter).is_some() && request.query.flag(parameter);
+    if asked {
+        Err(Error::unsupported(format!("{option} is not supported by Coracle yet: leave it out")))
+    } else {
+        Ok(())
+    }
 }

@@ -188,11 +188,14 @@ impl Actor {
         if let Some(log) = self.container.log() {
             log.begin(None).map_err(Error::from)?;
         }
+        // Its first output need not wait for the disk: a daemon that ends now finds the process and its log again.
+        self.attend(&host, 0);
         if let Err(error) = self.apply(change, BTreeMap::new()).await {
+            self.run += 1;
+            self.run_over.cancel();
             let _ = host.agent().signal(&id, super::signal::SIGKILL).await;
             return Err(error.into());
         }
-        self.attend(&host, 0);
         Ok(())
     }
 
