@@ -139,7 +139,8 @@ async fn the_kernels_log_can_be_read() {
     let mut stream = tokio::net::UnixStream::connect(api).await.unwrap();
     stream.write_all(b"GET /v1/kmsg HTTP/1.1\r\nHost: agent\r\n\r\n").await.unwrap();
     let line = format!("a test of the agent says {}", agent.pid());
-    std::fs::write("/dev/kmsg", &line).unwrap();
+    // The kernel holds a line back until it ends.
+    std::fs::write("/dev/kmsg", format!("{line}\n")).unwrap();
     let mut text = String::new();
     while !text.contains(&line) {
         let mut buffer = [0; 4096];
