@@ -41,6 +41,7 @@ pub(crate) fn agent_program() -> &'static Path {
 /// What is kept from one daemon to the next.
 pub(crate) struct Machine {
     pub(crate) home: tempfile::TempDir,
+    small_disk: bool,
 }
 
 /// A running engine.
@@ -52,7 +53,17 @@ pub(crate) struct Daemon {
 
 impl Machine {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { home: tempfile::tempdir().unwrap() })
+        Arc::new(Self { home: tempfile::tempdir().unwrap(), small_disk: false })
+    }
+
+    /// With a disk of its own of this many MiB.
+    pub(crate) fn with_disk(size: u32) -> Arc<Self> {
+        let home = tempfile::tempdir().unwrap();
+        let options = format!("size={size}m");
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(home.path()).status();
+        assert!(mounted.unwrap().success(), "these tests mount a small disk, so they must run as root");
+        Arc::new(Self { home, small_disk: true })
     }
 
     fn agent_pid(&self) -> Option<String> {
@@ -69,6 +80,15 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        self.end_sandbox();
+        if self.small_disk {
+            let _ = Command::new("umount").arg(self.home.path()).status();
+        }
+    }
+}
+
+impl Machine {
+    fn end_sandbox(&self) {
         let Some(pid) = self.agent_pid() else { return };
         let _ = Command::new("kill").arg(&pid).stderr(Stdio::null()).status();
         // It unmounts what is in the folder that is about to go.
