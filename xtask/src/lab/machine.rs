@@ -24,6 +24,11 @@ const KEPT_PREFIXES: &[&str] = &["CORACLE_", "RUST_", "RUSTUP_", "CARGO_", "DOCK
 /// Where the command finds the folder for what it makes.
 const OUT: &str = "/run/coracle-lab-out";
 
+/// Everything that QEMU emulates, with virtualization, but without XSAVE and what builds on it: QEMU does not tell KVM of a guest's XSETBV, so that
+/// guests find the sizes in CPUID inconsistent.
+const CPU: &str =
+    "max,+svm,+npt,-xsave,-xsavec,-xsaveopt,-xgetbv1,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku,-mpx";
+
 /// Runs `arguments` in a new machine.
 pub(super) fn run(system: &System, options: &Options, arguments: &[String]) -> Result<ExitCode> {
     let signals = Signals::hold()?;
@@ -217,7 +222,7 @@ fn qemu(system: &System, options: &Options, job: &Path) -> Result<std::process::
             "-M",
             "q35",
             "-cpu",
-            "max,+svm,+npt",
+            CPU,
             "-nodefaults",
             "-no-user-config",
             "-display",
