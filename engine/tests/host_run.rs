@@ -156,6 +156,60 @@ fn options_reach_the_container() {
 }
 
 #[test]
+fn options_that_are_not_there_yet_are_refused_by_name() {
+    let (_machine, daemon) = with_busybox();
+    for options in [
+        &["-v", "/tmp:/x"][..],
+        &["-v", "/x"],
+        &["-v", "named:/x"],
+        &["--mount", "type=tmpfs,target=/x"],
+        &["--volumes-from", "other"],
+        &["--volume-driver", "x"],
+        &["-p", "80:80"],
+        &["-P"],
+        &["--network", "mine"],
+        &["--network", "host"],
+        &["--ip", "1.2.3.4"],
+        &["--mac-address", "02:42:ac:11:00:02"],
+        &["--dns", "1.1.1.1"],
+        &["--dns-search", "a"],
+        &["--dns-option", "a"],
+        &["--link", "other"],
+        &["--restart", "always"],
+        &["--health-cmd", "true"],
+        &["--privileged"],
+        &["--pid", "host"],
+        &["--ipc", "host"],
+        &["--uts", "host"],
+        &["--userns", "host"],
+        &["--cgroupns", "host"],
+        &["--cgroup-parent", "x"],
+        &["--runtime", "runc"],
+        &["--sysctl", "net.core.somaxconn=1"],
+        &["--storage-opt", "size=1g"],
+        &["--device", "/dev/null"],
+        &["--device-cgroup-rule", "c 1:3 mr"],
+        &["--device-read-bps", "/dev/null:1mb"],
+        &["--gpus", "all"],
+        &["--blkio-weight", "100"],
+        &["--oom-kill-disable"],
+        &["--memory-swappiness", "0"],
+        &["--cpuset-mems", "0"],
+        &["--cpu-rt-runtime", "5"],
+        &["--annotation", "a=b"],
+        &["--security-opt", "seccomp=unconfined"],
+        &["--log-driver", "syslog"],
+        &["--log-opt", "compress=true"],
+        &["--isolation", "hyperv"],
+    ] {
+        let args = [&["create"], options, &["busybox", "true"]].concat();
+        let message = daemon.fails(1, &args);
+        assert!(message.contains("is not supported by Coracle yet"), "{options:?}: {message}");
+    }
+    assert_eq!(daemon.ok(&["ps", "-aq"]), "");
+}
+
+#[test]
 fn names_ids_and_conflicts_are_as_in_docker() {
     let (_machine, daemon) = with_busybox();
     daemon.ok(&["create", "--name", "one", "--network", "none", "busybox"]);

@@ -34,6 +34,8 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
             config.working_dir
         )));
     }
+    let sandbox = SandboxId::shared();
+    warm_up(&request, &sandbox);
     let id = names::new_id();
     fill_defaults(&mut config, &mut host_config, id.short());
     let name = core.containers.reserve(request.query.get("name"), &id)?;
@@ -57,7 +59,6 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
     };
     trace.mark("created");
     container.set_trace(trace);
-    warm_up(&request, &container.record().sandbox);
     let record = container.record();
     core.events.container("create", record.id.as_str(), &record.config.image, record.event_attributes());
     Ok(body::json(StatusCode::CREATED, &json!({ "Id": record.id.as_str(), "Warnings": warnings })))
@@ -88,7 +89,7 @@ async fn make(request: &Request, record: Record) -> Result<std::sync::Arc<crate:
     }
 }
 
-/// Starts the sandbox while the client makes its next calls.
+/// Starts the sandbox while the container is written down and the client makes its next calls.
 fn warm_up(request: &Request, sandbox: &SandboxId) {
     let core = std::sync::Arc::clone(&request.core);
     let host = core.sandboxes.get(sandbox);

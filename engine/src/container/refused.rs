@@ -6,7 +6,8 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
-/// A member of a request, what people call it, and values other than "empty" that ask for nothing special.
+/// A member of a request, what people call it, and values that ask for nothing special; if none are named, all that a Go client
+/// sends for "not set".
 struct Refused {
     member: &'static str,
     option: &'static str,
@@ -101,7 +102,7 @@ pub(super) fn check_networking(networking: &Map<String, Value>, network_mode: &s
             return Err(missing(&format!("--network {network}"), "NetworkingConfig.EndpointsConfig"));
         }
         if let Some((member, _)) =
-            endpoint.as_object().and_then(|all| all.iter().find(|(_, value)| !is_empty(value)))
+            endpoint.as_object().and_then(|all| all.iter().find(|(_, value)| !is_hollow(value)))
         {
             return Err(missing(member, &format!("NetworkingConfig.EndpointsConfig.{network}.{member}")));
         }
@@ -118,10 +119,12 @@ pub(super) fn missing(option: &str, member: &str) -> Error {
 fn check(members: &Map<String, Value>, table: &[Refused], prefix: &str) -> Result<()> {
     for Refused { member, option, harmless } in table {
         let Some(value) = members.get(*member) else { continue };
-        let accepted = || {
-            harmless.iter().any(|text| serde_json::from_str::<Value>(text).is_ok_and(|known| known == *value))
-        };
-        if !is_empty(value) && !accepted() {
+        let accepted = harmless
+            .iter()
+            .any(|text| serde_json::from_str::<Value>(text).is_ok_and(|known| known == *value));
+        let unset =
+            if harmless.is_empty() { is_empty(value) } else { value.is_null() || value.as_str() == Some("") };
+        if !unset && !accepted {
             return Err(missing(option, &format!("{prefix}{member}")));
         }
     }
@@ -136,7 +139,15 @@ fn is_empty(value: &Value) -> bool {
         Value::Number(number) => number.as_f64() == Some(0.0),
         Value::String(text) => text.is_empty(),
         Value::Array(items) => items.is_empty(),
-        Value::Object(members) => members.values().all(is_empty),
+        Value::Object(members) => members.is_empty(),
+    }
+}
+
+/// Whether a value is empty, or an object of nothing but such values.
+fn is_hollow(value: &Value) -> bool {
+    match value {
+        Value::Object(members) => members.values().all(is_hollow),
+        other => is_empty(other),
     }
 }
 
@@ -158,11 +169,21 @@ mod tests {
             (r#"{"PortBindings":{"80/tcp":[{"HostPort":"80"}]}}"#, "--publish"),
             (r#"{"PidMode":"host"}"#, "--pid"),
             (r#"{"MemorySwappiness":50}"#, "--memory-swappiness"),
+            (r#"{"MemorySwappiness":0}"#, "--memory-swappiness"),
+            (r#"{"Annotations":{"a":""}}"#, "--annotation"),
         ] {
             let error = check_host_config(&object(json)).unwrap_err();
             assert_eq!(error.status(), 501);
             assert!(error.to_string().starts_with(option), "{error}");
         }
+    }
+
+    #[test]
+    fn a_volume_is_refused_although_its_value_is_an_empty_object() {
+        assert!(check_config(&object(r#"{"Volumes":{}}"#)).is_ok());
+        assert!(check_config(&object(r#"{"Volumes":{"/data":{}}}"#)).is_err());
+        assert!(check_config(&object(r#"{"Healthcheck":{"Test":["NONE"]}}"#)).is_ok());
+        assert!(check_config(&object(r#"{"Healthcheck":{"Test":["CMD","true"]}}"#)).is_err());
     }
 
     #[test]
