@@ -68,7 +68,6 @@ const DOCKER: &[Step] = &[
         &["the same 16 MiB\n"],
     ),
     ends("docker run --rm busybox sh -c 'exit 42'", 42),
-    ends("docker run --rm busybox sh -c 'kill -TERM $$'", 143),
     ends("docker run --rm busybox no-such-command", 127),
     ends("docker run --rm busybox /etc/passwd", 126),
     ends("docker run --rm no-such-image true", 125),
