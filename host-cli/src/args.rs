@@ -83,13 +83,13 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct UpArgs {
-    /// Processors of the virtual machine
+    /// Processors of the virtual machine; at first as many as this computer has, but at most 8
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..))]
     pub(crate) cpus: Option<u8>,
-    /// Most memory of the virtual machine, for example 4g
+    /// Most memory of the virtual machine, for example 4g; at first half of this computer's, but at most 8g
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) memory: Option<u64>,
-    /// Size of the data disk, for example 100g; it can only grow
+    /// Size of the data disk, for example 100g; at first 64g; it takes the room that is used, and can only grow
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) disk: Option<u64>,
     /// Make no docker context

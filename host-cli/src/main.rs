@@ -61,8 +61,7 @@ fn finish(outcome: Outcome) -> ExitCode {
         failure.report();
         failure.code
     });
-    // Not a return: a thread that still reads standard input must not keep the process.
-    std::process::exit(code.into())
+    ExitCode::from(code)
 }
 
 fn dispatch(command: Command, started: u64) -> Outcome {
@@ -79,5 +78,8 @@ fn dispatch(command: Command, started: u64) -> Outcome {
         return doctor::run(&home);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(commands::run(command, home, started))
+    let outcome = runtime.block_on(commands::run(command, home, started));
+    // A thread that still reads standard input must not be waited for.
+    runtime.shutdown_background();
+    outcome
 }

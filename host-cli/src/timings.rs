@@ -110,7 +110,7 @@ impl Timings {
         for phase in &answer.phases {
             let at = u64::try_from(base + i128::from(phase.micros)).unwrap_or(0);
             self.add("daemon", &phase.name, at);
-            if phase.name == "agent-start" || phase.name == "start-sent" {
+            if phase.name == "layers-attached" {
                 started_at = Some(at);
             }
         }

@@ -7,7 +7,7 @@
 use std::{
     fs::File,
     io::{self, Read},
-    os::unix::net::UnixStream,
+    os::unix::{net::UnixStream, process::CommandExt},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -58,9 +58,9 @@ fn start(home: &Home) -> Result<()> {
     }
     let (ready, inherited) = io::pipe().context("cannot make a pipe")?;
     let log = daemon::log::open(home).context("cannot open the daemon's log")?;
-    let exe = std::env::current_exe().context("cannot find coracle's own file")?;
-    // A process of its own keeps the daemon from being this one's child: nothing here waits for its end.
-    Command::new(exe)
+    // The file that runs now, even if another has taken its name.
+    Command::new("/proc/self/exe")
+        .arg0("coracle")
         .args(["daemon", "--detached", "--ready-fd", "1"])
         .stdin(Stdio::null())
         .stdout(inherited)

@@ -45,7 +45,7 @@ pub(super) async fn run(home: &Home, args: &LoadArgs) -> Outcome {
     };
     let body: Body = StreamBody::new(counted.map(|chunk| chunk.map(Frame::data))).boxed_unsync();
     let path = format!("/images/load?quiet={}", u8::from(args.quiet || !terminal::shows_progress()));
-    let response = docker.call(Method::POST, &path, body).await.context("cannot load the archive")?;
+    let response = docker.call(Method::POST, &path, body).await?;
     let mut lines = BufReader::new(body_reader(response.into_body())).lines();
     while let Some(line) =
         lines.next_line().await.context("lost the connection to the daemon while it loaded")?
@@ -54,7 +54,7 @@ pub(super) async fn run(home: &Home, args: &LoadArgs) -> Outcome {
             serde_json::from_str(&line).context("cannot understand the daemon's answer")?;
         if let Some(error) = message.error {
             bar.finish_and_clear();
-            return Err(Failure::new(format_args!("cannot load the archive: {error}")));
+            return Err(Failure::new(error));
         }
         if let Some(text) = message.stream {
             bar.suspend(|| terminal::print(&text))?;

@@ -26,6 +26,8 @@ use lock::Lock;
 /// Runs the daemon to its end.
 pub(crate) fn run(home: &Home, args: &DaemonArgs) -> Outcome {
     let ready = Ready::new(args);
+    // For people who look at the list of processes; nothing depends on it.
+    let _ = rustix::thread::set_name(c"coracle-daemon");
     if args.detached {
         // It fails only where the process leads a session already.
         let _ = rustix::process::setsid();

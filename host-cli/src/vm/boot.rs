@@ -1,11 +1,21 @@
 //! How a machine comes up, and how one that runs already is taken over by a new daemon.
 
-use std::{os::fd::AsFd, sync::Arc, time::Duration};
+use std::{
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context, Result, anyhow, bail};
 use coracle_agent_api::Hello;
 use coracle_engine::sandbox::Running;
-use coracle_vmm::control::{Boot, BootTimes, Client, DataDisk, MachineState};
+use coracle_vmm::{
+    control::{Boot, BootTimes, Client, DataDisk, MachineState},
+    probe::{self, ProbeError},
+};
 
 use super::{
     Current, Shared, agent, disk,
@@ -32,6 +42,8 @@ const SERIAL_VARIABLE: &str = "CORACLE_SERIAL";
 /// Boots a machine and waits for its agent.
 pub(super) async fn boot(shared: &Shared) -> Result<(Current, Running)> {
     let mut phases = Phases::new();
+    let mut stops = shared.stops.subscribe();
+    let proof = proof();
     let size = Settings::load(&shared.settings)?.machine_size()?;
     let folder = shared.folder.clone();
     let prepared = tokio::task::spawn_blocking(move || Prepared::new(&folder, size));
@@ -45,7 +57,12 @@ pub(super) async fn boot(shared: &Shared) -> Result<(Current, Running)> {
     let process = process::spawn(listener, log)?;
     tracing::info!(vm = %shared.id, pid = process.pid, cpus = size.cpus, memory_mib = size.memory_mib, "starting the VMM");
     phases.now("spawned");
-    match bring_up(shared, prepared, &process, &mut phases).await {
+    let brought_up = tokio::select! {
+        brought_up = bring_up(shared, prepared, &process, &mut phases) => brought_up,
+        error = proof => Err(error),
+        _ = stops.changed() => Err(anyhow!("it was told to stop while it started")),
+    };
+    match brought_up {
         Ok((machine, hello, layers)) => {
             let record =
                 BootRecord { pid: process.pid, started_micros: phases.start, hello, boot: phases.list };
@@ -109,12 +126,30 @@ fn exit_words(status: Option<std::process::ExitStatus>) -> String {
     status.map_or_else(|| "nobody knows how".to_owned(), |status| status.to_string())
 }
 
-/// Adds to an error what the VMM said last, and whether KVM works here at all.
+/// Tries whether KVM works here, beside the boot, once in a daemon's life: some KVMs let a machine begin and never get
+/// anywhere. Ready only if it does not work.
+async fn proof() -> anyhow::Error {
+    static PROVED: AtomicBool = AtomicBool::new(false);
+    if !PROVED.load(Ordering::Relaxed) {
+        match tokio::task::spawn_blocking(probe::probe).await {
+            Ok(Err(error)) => return no_kvm(error),
+            _ => PROVED.store(true, Ordering::Relaxed),
+        }
+    }
+    std::future::pending().await
+}
+
+fn no_kvm(error: ProbeError) -> anyhow::Error {
+    anyhow::Error::new(error).context("a virtual machine cannot run here (`coracle doctor` says more)")
+}
+
+/// Adds to an error what the VMM said last, or that KVM does not work here at all.
 async fn explain(shared: &Shared, error: anyhow::Error) -> anyhow::Error {
-    let probe = tokio::task::spawn_blocking(coracle_vmm::probe::probe).await;
-    if let Ok(Err(probe)) = probe {
-        return anyhow::Error::new(probe)
-            .context("a virtual machine cannot run here (`coracle doctor` says more)");
+    if error.chain().any(|cause| cause.is::<ProbeError>()) {
+        return error;
+    }
+    if let Ok(Err(probe)) = tokio::task::spawn_blocking(probe::probe).await {
+        return no_kvm(probe);
     }
     let words = process::last_words(&shared.folder.vmm_log());
     let log = shared.folder.vmm_log();

@@ -60,12 +60,12 @@ fn fill(temporary: &Path, template: &Artifact, size: u64) -> Result<File> {
     let file = files::create(temporary)?;
     let decoder = zstd::stream::read::Decoder::new(template.reader()).context("the template is damaged")?;
     let mut decoder = decoder.take(MAX_TEMPLATE);
-    let mut block = vec![0; BLOCK];
+    let (mut block, zeros) = (vec![0; BLOCK], vec![0; BLOCK]);
     let mut at = 0;
     loop {
         let length = read_block(&mut decoder, &mut block).context("the template is damaged")?;
         let part = &block[..length];
-        if part.iter().any(|byte| *byte != 0) {
+        if part != &zeros[..length] {
             file.write_all_at(part, at)?;
         }
         at += length as u64;

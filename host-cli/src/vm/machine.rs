@@ -7,10 +7,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream as StdUnixStream,
     },
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -34,8 +31,6 @@ pub(crate) struct Machine {
     client: Client,
     /// `Some(reason)` once it has ended.
     ended: watch::Receiver<Option<String>>,
-    /// Its end was asked for.
-    stopping: AtomicBool,
 }
 
 /// The agent's ready connection as it comes in.
@@ -53,7 +48,7 @@ impl Machine {
         })
         .context("cannot use the control socket")?;
         tokio::spawn(supervise(inbox, announce, report));
-        Ok((Arc::new(Self { client, ended, stopping: AtomicBool::new(false) }), ready))
+        Ok((Arc::new(Self { client, ended }), ready))
     }
 
     /// Makes a call to the VMM on a thread that may wait.
@@ -86,16 +81,6 @@ impl Machine {
             Ok(reason) => reason.clone().unwrap_or_default(),
             Err(_) => "nobody watches it any more".to_owned(),
         }
-    }
-
-    /// Notes that its end is wanted. False: it was noted before.
-    pub(crate) fn begin_stop(&self) -> bool {
-        !self.stopping.swap(true, Ordering::SeqCst)
-    }
-
-    /// Whether its end was wanted.
-    pub(crate) fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::SeqCst)
     }
 }
 

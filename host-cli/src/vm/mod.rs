@@ -67,6 +67,7 @@ impl SandboxFactory for Vms {
             settings: self.home.settings(),
             state: watch::channel(SandboxState::Stopped).0,
             life: tokio::sync::Mutex::new(()),
+            stops: watch::channel(0).0,
             current: Mutex::new(None),
             instances: AtomicU64::new(0),
         })));
@@ -87,6 +88,8 @@ struct Shared {
     state: watch::Sender<SandboxState>,
     /// Held while it is started, adopted or stopped.
     life: tokio::sync::Mutex<()>,
+    /// How often it was told to stop: a start that is on its way gives up when this changes.
+    stops: watch::Sender<u64>,
     current: Mutex<Option<Arc<Current>>>,
     instances: AtomicU64,
 }
@@ -164,21 +167,22 @@ impl Shared {
         running
     }
 
+    /// It ended unasked, unless it is being stopped: then that is seen to where it is done.
     async fn ended(&self, current: &Arc<Current>, reason: String) {
-        let stopping = current.machine.is_stopping();
-        self.set_current(None);
-        self.state.send_replace(if stopping { SandboxState::Stopped } else { SandboxState::Died { reason } });
-        if !stopping {
-            // A machine without its agent is of no use, and it would keep the disk locked.
-            discard(current).await;
+        let _life = self.life.lock().await;
+        if !self.current().is_some_and(|now| Arc::ptr_eq(&now, current)) {
+            return;
         }
+        self.set_current(None);
+        self.state.send_replace(SandboxState::Died { reason });
+        // A machine without its agent is of no use. Nobody finds it half dead: a start waits until it is gone.
+        discard(current).await;
     }
 
     async fn stop(&self) -> Result<(), SandboxError> {
+        self.stops.send_modify(|stops| *stops += 1);
         let _life = self.life.lock().await;
         let Some(current) = self.current() else { return Ok(()) };
-        current.machine.begin_stop();
-        let end = current.machine.end();
         let asked = async {
             match current.machine.connect().await {
                 Ok(stream) => agent::shut_down(stream).await,
@@ -187,14 +191,13 @@ impl Shared {
         };
         if let Err(error) = asked.await {
             tracing::warn!(vm = %self.id, error = %describe(&error), "the agent does not shut down; ending the machine");
-        } else if tokio::time::timeout(AGENT_GRACE, end).await.is_err() {
+        } else if tokio::time::timeout(AGENT_GRACE, current.machine.end()).await.is_err() {
             tracing::warn!(vm = %self.id, "the guest takes too long to shut down; ending the machine");
         }
         discard(&current).await;
-        let mut state = self.state.subscribe();
-        let gone = state.wait_for(|state| state.running().is_none());
-        let gone = tokio::time::timeout(VMM_GRACE, gone).await.is_ok_and(|seen| seen.is_ok());
-        if gone {
+        if tokio::time::timeout(VMM_GRACE, current.machine.end()).await.is_ok() {
+            self.set_current(None);
+            self.state.send_replace(SandboxState::Stopped);
             return Ok(());
         }
         let source =

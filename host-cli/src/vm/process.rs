@@ -68,6 +68,8 @@ impl VmmProcess {
 /// The VMM's role in this program: takes the control socket from standard input, leaves the daemon's session, and serves.
 pub(crate) fn run() -> Result<()> {
     crate::daemon::log::start(true);
+    // For people who look at the list of processes; nothing depends on it.
+    let _ = rustix::thread::set_name(c"coracle-vmm");
     // It fails only where the process leads a session already.
     let _ = rustix::process::setsid();
     let stdin = std::io::stdin();
