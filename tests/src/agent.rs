@@ -24,6 +24,12 @@ impl Connection for UnixStream {
     }
 }
 
+impl Connection for vsock::VsockStream {
+    fn close(&self) -> io::Result<()> {
+        self.shutdown(Shutdown::Both)
+    }
+}
+
 /// Sends a request and reads the answer's head; what follows is still in the connection.
 fn request(
     connection: &mut dyn Connection,

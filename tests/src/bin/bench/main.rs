@@ -1,6 +1,8 @@
 //! Benches against peers, run by `cargo xtask bench NAME`: `agent` on this machine as root, `boot` and `run` in the lab.
 
 mod agent;
+mod machine;
+mod microvm;
 
 use anyhow::{Result, bail};
 
@@ -18,6 +20,8 @@ fn main() -> Result<()> {
     }
     match name.as_str() {
         "agent" => agent::bench(rounds.unwrap_or(50), json),
-        other => bail!("`{other}` is not a bench: `agent` is"),
+        "boot" => machine::boot(rounds.unwrap_or(20), json),
+        "run" => machine::warm(rounds.unwrap_or(20), json),
+        other => bail!("`{other}` is not a bench: `agent`, `boot` and `run` are"),
     }
 }
