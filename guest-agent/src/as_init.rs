@@ -90,7 +90,7 @@ fn set_limits() {
 
 fn mount_data() -> io::Result<()> {
     let step = |error| io::Error::other(format!("mount {DATA_DISK} at {DATA}: {error}"));
-    mount(DATA_DISK, DATA, "ext4", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME, None)
+    mount(DATA_DISK, DATA, "ext4", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME, c"discard")
         .map_err(step)
 }
 
