@@ -74,8 +74,9 @@ fn initramfs(agent: &[u8]) -> Vec<u8> {
     archive.finish()
 }
 
-/// The data disk's template: a small ext4 that the guest grows to the disk's size. Its group descriptors leave room for growth to 8 TiB, and
-/// everything random in it is fixed, so that the same tools make the same bytes.
+/// The data disk's template: a small ext4 that the guest grows to the disk's size. Its group descriptors leave room for growth to 1 TiB (beyond
+/// that the kernel lays them out anew); more room costs every growth more writes. Everything random in it is fixed, so that the same tools make
+/// the same bytes.
 const MKFS: &[&str] = &[
     "-F",
     "-q",
@@ -87,6 +88,8 @@ const MKFS: &[&str] = &[
     "256",
     "-m",
     "0",
+    "-G",
+    "64",
     "-J",
     "size=32",
     "-L",
@@ -96,7 +99,7 @@ const MKFS: &[&str] = &[
     "-U",
     "c0aac1e0-da7a-4d15-8000-000000000001",
     "-E",
-    "hash_seed=c0aac1e0-da7a-4d15-8000-000000000002,resize=2147483648,nodiscard,lazy_itable_init=0,assume_storage_prezeroed=1,root_owner=0:0",
+    "hash_seed=c0aac1e0-da7a-4d15-8000-000000000002,resize=268435456,nodiscard,lazy_itable_init=0,assume_storage_prezeroed=1,root_owner=0:0",
 ];
 const TEMPLATE_BYTES: u64 = 128 << 20;
 
