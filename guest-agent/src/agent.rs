@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use coracle_agent_api::{AgentState, DiffId, ErrorKind, ExitStatus, ProcessId, Retain};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::cgroup::Cgroups;
 use crate::clock;
@@ -47,6 +47,7 @@ pub(crate) struct Agent {
     mount_point: String,
     die_with_agent: bool,
     shutdown: watch::Sender<bool>,
+    descriptors_freed: Notify,
     /// Set before everything is killed; what starts afterwards kills itself.
     stopping: AtomicBool,
 }
@@ -74,6 +75,7 @@ impl Agent {
             mount_point,
             die_with_agent,
             shutdown: watch::Sender::new(false),
+            descriptors_freed: Notify::new(),
             stopping: AtomicBool::new(false),
         }))
     }
@@ -91,7 +93,9 @@ impl Agent {
 
     /// Forgets an ended process.
     pub(crate) fn forget(&self, id: &ProcessId) -> Result<()> {
-        self.processes.forget(id)
+        self.processes.forget(id)?;
+        self.descriptors_freed.notify_one();
+        Ok(())
     }
 
     /// Unmounts a layer.
@@ -139,6 +143,11 @@ impl Agent {
     /// Asks for the end; [`Agent::stop`] follows.
     pub(crate) fn request_shutdown(&self) {
         self.shutdown.send_replace(true);
+    }
+
+    /// Told when a connection or a process gave its descriptors back.
+    pub(crate) fn descriptors_freed(&self) -> &Notify {
+        &self.descriptors_freed
     }
 
     /// Waits until someone asked for the end.

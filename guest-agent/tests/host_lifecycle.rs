@@ -115,6 +115,24 @@ async fn containers_die_with_an_agent_that_is_killed() {
 }
 
 #[tokio::test]
+async fn connections_beyond_the_number_of_descriptors_wait_for_their_turn() {
+    let agent = TestAgent::start().await;
+    let pid = rustix::process::Pid::from_raw(agent.pid() as i32);
+    let limit = rustix::process::Rlimit { current: Some(100), maximum: Some(100) };
+    rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit).unwrap();
+    let api = agent.data().parent().unwrap().join("api");
+    let mut held = Vec::new();
+    for _ in 0..150 {
+        held.push(tokio::net::UnixStream::connect(&api).await.unwrap());
+    }
+    let state = agent.get::<AgentState>("/v1/state");
+    tokio::pin!(state);
+    assert!(tokio::time::timeout(std::time::Duration::from_millis(200), &mut state).await.is_err());
+    drop(held);
+    assert!(state.await.unwrap().processes.is_empty());
+}
+
+#[tokio::test]
 async fn orphans_are_reaped() {
     let agent = TestAgent::start().await;
     let id = new_id();

@@ -32,7 +32,7 @@ pub(crate) async fn serve_unix(agent: Arc<Agent>, listener: UnixListener) -> io:
     loop {
         match listener.accept().await {
             Ok((stream, _)) => drop(tokio::spawn(serve(agent.clone(), stream))),
-            Err(error) => survive(error)?,
+            Err(error) => survive(error, &agent).await?,
         }
     }
 }
@@ -46,15 +46,21 @@ pub(crate) async fn serve_vsock(agent: Arc<Agent>, listener: VsockListener) -> i
             }
             // A container can open vsock sockets, too; the API is for the host alone.
             Ok((_, peer)) => tracing::warn!("refused a connection from CID {}", peer.cid()),
-            Err(error) => survive(error)?,
+            Err(error) => survive(error, &agent).await?,
         }
     }
 }
 
-/// A connection that failed before it was accepted is the client's loss; anything else ends the server.
-fn survive(error: io::Error) -> io::Result<()> {
+/// A connection that failed before it was accepted is the client's loss, and one for which there is no descriptor waits until
+/// another one ends; anything else ends the server.
+async fn survive(error: io::Error, agent: &Agent) -> io::Result<()> {
     match error.raw_os_error() {
         Some(libc::ECONNABORTED | libc::EINTR | libc::ECONNRESET) => Ok(()),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
+            tracing::warn!("a connection waits: {error}");
+            agent.descriptors_freed().notified().await;
+            Ok(())
+        }
         _ => Err(error),
     }
 }
@@ -73,6 +79,7 @@ async fn serve(agent: Arc<Agent>, stream: impl AsyncRead + AsyncWrite + Send + U
     if let Err(error) = connection.await {
         tracing::debug!("a connection failed: {error}");
     }
+    agent.descriptors_freed().notify_one();
     if shutdown.load(Ordering::Relaxed) {
         agent.request_shutdown();
     }

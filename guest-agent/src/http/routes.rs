@@ -72,14 +72,14 @@ async fn route(
             if after > process.spool.newest() {
                 return Err(invalid(format!("the process has no frame {after} yet")));
             }
-            upgrade(request, OUTPUT_PROTOCOL, move |io| streams::output(process, after, io))
+            upgrade(agent, request, OUTPUT_PROTOCOL, move |io| streams::output(process, after, io))
         }
         (&Method::GET, ["processes", id, "stdin"]) => {
             let process = agent.process(&parse(id)?)?;
             if process.stdin.is_none() {
                 return Err(conflict("the process was started without standard input"));
             }
-            upgrade(request, STDIN_PROTOCOL, move |io| streams::stdin(process, io))
+            upgrade(agent, request, STDIN_PROTOCOL, move |io| streams::stdin(process, io))
         }
         (&Method::POST, ["processes", id, "signal"]) => {
             let signal: coracle_agent_api::Signal = body(request).await?;
@@ -146,6 +146,7 @@ fn after(query: Option<&str>) -> Result<u64> {
 
 /// Answers 101 and hands the connection over.
 fn upgrade<F: Future<Output = ()> + Send + 'static>(
+    agent: Arc<Agent>,
     request: Request<Incoming>,
     protocol: &'static str,
     handle: impl FnOnce(hyper_util::rt::TokioIo<hyper::upgrade::Upgraded>) -> F + Send + 'static,
@@ -159,6 +160,7 @@ fn upgrade<F: Future<Output = ()> + Send + 'static>(
             Ok(upgraded) => handle(hyper_util::rt::TokioIo::new(upgraded)).await,
             Err(error) => tracing::debug!("an upgrade failed: {error}"),
         }
+        agent.descriptors_freed().notify_one();
     });
     let mut response = nothing(StatusCode::SWITCHING_PROTOCOLS);
     let headers = response.headers_mut();
