@@ -16,9 +16,10 @@ use coracle_agent_api::{
 };
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::{body::Incoming, client::conn::http1, upgrade::Upgraded};
+use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
+use tokio::net::UnixStream;
 
 pub(crate) use output::{Frame, OutputStream};
 
@@ -118,14 +119,15 @@ impl Agent {
 
     /// The frames of a process after a sequence number.
     pub(crate) async fn output(&self, id: &ProcessId, after: u64) -> Result<OutputStream, AgentError> {
-        let stream =
+        let (stream, buffered) =
             self.upgrade(&format!("/v1/processes/{id}/output?after={after}"), OUTPUT_PROTOCOL).await?;
-        Ok(OutputStream::new(stream, after))
+        Ok(OutputStream::new(stream, buffered, after))
     }
 
     /// A way to a process's standard input.
-    pub(crate) async fn stdin(&self, id: &ProcessId) -> Result<TokioIo<Upgraded>, AgentError> {
-        self.upgrade(&format!("/v1/processes/{id}/stdin"), STDIN_PROTOCOL).await
+    pub(crate) async fn stdin(&self, id: &ProcessId) -> Result<UnixStream, AgentError> {
+        let (stream, _) = self.upgrade(&format!("/v1/processes/{id}/stdin"), STDIN_PROTOCOL).await?;
+        Ok(stream)
     }
 
     /// The guest kernel's log; endless if it is followed.
@@ -176,13 +178,17 @@ impl Agent {
         self.within(time, path, exchange).await
     }
 
-    async fn upgrade(&self, path: &str, protocol: &'static str) -> Result<TokioIo<Upgraded>, AgentError> {
+    /// The connection after the switch, and what came with the answer already.
+    async fn upgrade(&self, path: &str, protocol: &'static str) -> Result<(UnixStream, Bytes), AgentError> {
         let exchange = async {
             let answer = self.send(Method::GET, path, Bytes::new(), Some(protocol)).await?;
             if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
                 return Err(refused(path, answer).await);
             }
-            Ok(TokioIo::new(hyper::upgrade::on(answer).await?))
+            let upgraded = hyper::upgrade::on(answer).await?;
+            let parts = upgraded.downcast::<TokioIo<UnixStream>>();
+            let parts = parts.map_err(|_| nonsense(path, "it did not come over the sandbox's connection"))?;
+            Ok((parts.io.into_inner(), parts.read_buf))
         };
         self.within(CALL_TIME, path, exchange).await
     }

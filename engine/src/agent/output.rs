@@ -2,16 +2,20 @@
 //!
 //! Frames come from the guest: kinds, lengths and the order of sequence numbers and times are checked.
 
-use std::io;
+use std::io::{self, Cursor};
 
 use bytes::Bytes;
 use coracle_agent_api::{
     ExitStatus,
     frame::{self, Ack, HEADER_LEN, Header, Kind},
 };
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, BufReader, Chain},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+};
 
 use super::AgentError;
 use crate::{logs::Stream, time::UnixNanos};
@@ -33,17 +37,17 @@ pub(crate) enum Frame {
 
 /// See the module.
 pub(crate) struct OutputStream {
-    reader: BufReader<ReadHalf<TokioIo<Upgraded>>>,
-    writer: WriteHalf<TokioIo<Upgraded>>,
+    reader: BufReader<Chain<Cursor<Bytes>, OwnedReadHalf>>,
+    writer: OwnedWriteHalf,
     sequence: u64,
     time: u64,
     acknowledged: u64,
 }
 
 impl OutputStream {
-    pub(super) fn new(stream: TokioIo<Upgraded>, after: u64) -> Self {
-        let (reader, writer) = tokio::io::split(stream);
-        let reader = BufReader::with_capacity(BUFFER, reader);
+    pub(super) fn new(stream: UnixStream, buffered: Bytes, after: u64) -> Self {
+        let (reader, writer) = stream.into_split();
+        let reader = BufReader::with_capacity(BUFFER, Cursor::new(buffered).chain(reader));
         Self { reader, writer, sequence: after, time: 0, acknowledged: after }
     }
 

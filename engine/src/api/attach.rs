@@ -17,7 +17,8 @@ use crate::{
     logs::{self, Log, Position, ReadOptions},
 };
 
-const QUEUE: usize = 64;
+/// How many blocks of log entries wait for the client.
+const QUEUE: usize = 2;
 
 /// One client's share in a process's streams.
 pub(super) struct Session {
@@ -84,10 +85,8 @@ async fn write_log(
     let (entries, mut inbox) = mpsc::channel(QUEUE);
     let options = ReadOptions { up_to: Some(up_to), ..ReadOptions::default() };
     let reading = tokio::spawn(logs::read(log, options, entries));
-    while let Some(entry) = inbox.recv().await {
-        if let Some(bytes) = shown.encode(&entry) {
-            outgoing.send(&bytes).await?;
-        }
+    while let Some(entries) = inbox.recv().await {
+        outgoing.send(&shown.encode(&entries)).await?;
     }
     if let Ok(Err(error)) = reading.await {
         outgoing.send(&shown.framing.error(&format!("error reading the log: {}", chain(&error)))).await?;
@@ -180,10 +179,8 @@ fn plain(request: &Request, session: Session, content_type: &'static str) -> Res
             let (entries, mut inbox) = mpsc::channel(QUEUE);
             let options = ReadOptions { up_to: Some(up_to), ..ReadOptions::default() };
             let reading = tokio::spawn(logs::read(log, options, entries));
-            while let Some(entry) = inbox.recv().await {
-                if let Some(bytes) = shown.encode(&entry)
-                    && feed.send(bytes).await.is_err()
-                {
+            while let Some(entries) = inbox.recv().await {
+                if feed.send(shown.encode(&entries)).await.is_err() {
                     return;
                 }
             }

@@ -16,8 +16,8 @@ use crate::{
     time::UnixNanos,
 };
 
-/// How many entries wait for the client.
-const QUEUE: usize = 64;
+/// How many blocks of entries wait for the client.
+const QUEUE: usize = 2;
 
 /// What a client wants of the entries.
 pub(super) struct Shown {
@@ -28,21 +28,23 @@ pub(super) struct Shown {
 }
 
 impl Shown {
-    /// An entry on the wire, if it is wanted.
-    pub(super) fn encode(&self, entry: &Entry) -> Option<Bytes> {
-        let wanted = match entry.stream {
-            Stream::Stdout => self.stdout,
-            Stream::Stderr => self.stderr,
-        };
-        let bytes = || {
-            if self.timestamps {
-                let line = format!("{} {}", entry.time.rfc3339_fixed(), entry.text);
-                self.framing.frame(entry.stream, line.as_bytes())
-            } else {
-                self.framing.frame(entry.stream, entry.text.as_bytes())
+    /// Entries on the wire, those that are wanted.
+    pub(super) fn encode(&self, entries: &[Entry]) -> Bytes {
+        let mut out = Vec::new();
+        for entry in entries {
+            let wanted = match entry.stream {
+                Stream::Stdout => self.stdout,
+                Stream::Stderr => self.stderr,
+            };
+            let text = entry.text.as_bytes();
+            if wanted && self.timestamps {
+                let time = entry.time.rfc3339_fixed();
+                self.framing.append(&mut out, entry.stream, &[time.as_bytes(), b" ", text]);
+            } else if wanted {
+                self.framing.append(&mut out, entry.stream, &[text]);
             }
-        };
-        wanted.then(bytes)
+        }
+        out.into()
     }
 }
 
@@ -87,9 +89,9 @@ async fn send(log: Arc<Log>, options: ReadOptions, shown: Shown, feed: mpsc::Sen
     let (entries, mut inbox) = mpsc::channel(QUEUE);
     let reading = logs::read(log, options, entries);
     let sending = async {
-        while let Some(entry) = inbox.recv().await {
-            let Some(bytes) = shown.encode(&entry) else { continue };
-            if feed.send(bytes).await.is_err() {
+        while let Some(entries) = inbox.recv().await {
+            let bytes = shown.encode(&entries);
+            if !bytes.is_empty() && feed.send(bytes).await.is_err() {
                 break;
             }
         }

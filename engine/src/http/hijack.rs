@@ -147,33 +147,41 @@ impl Framing {
 
     /// Bytes of a process.
     pub(crate) fn frame(self, stream: Stream, bytes: &[u8]) -> Bytes {
+        let mut frame = Vec::with_capacity(8 + bytes.len());
+        self.append(&mut frame, stream, &[bytes]);
+        frame.into()
+    }
+
+    /// Appends bytes of a process, given in parts, as one frame.
+    pub(crate) fn append(self, out: &mut Vec<u8>, stream: Stream, parts: &[&[u8]]) {
         let kind = match stream {
             Stream::Stdout => 1,
             Stream::Stderr => 2,
         };
-        self.with_kind(kind, bytes)
+        self.append_kind(out, kind, parts);
     }
 
     /// An error of ours in the middle of a stream.
     pub(crate) fn error(self, message: &str) -> Bytes {
         match self {
             Self::Raw => format!("{message}\r\n").into(),
-            Self::Multiplexed => self.with_kind(3, message.as_bytes()),
+            Self::Multiplexed => {
+                let mut frame = Vec::new();
+                self.append_kind(&mut frame, 3, &[message.as_bytes()]);
+                frame.into()
+            }
         }
     }
 
-    fn with_kind(self, kind: u8, bytes: &[u8]) -> Bytes {
-        match self {
-            Self::Raw => Bytes::copy_from_slice(bytes),
-            Self::Multiplexed => {
-                // Pieces are far shorter than 4 GiB.
-                let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_be_bytes();
-                let mut frame = Vec::with_capacity(8 + bytes.len());
-                frame.extend_from_slice(&[kind, 0, 0, 0]);
-                frame.extend_from_slice(&len);
-                frame.extend_from_slice(bytes);
-                frame.into()
-            }
+    fn append_kind(self, out: &mut Vec<u8>, kind: u8, parts: &[&[u8]]) {
+        if self == Self::Multiplexed {
+            let len: usize = parts.iter().map(|part| part.len()).sum();
+            out.extend_from_slice(&[kind, 0, 0, 0]);
+            // Pieces are far shorter than 4 GiB.
+            out.extend_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes());
+        }
+        for part in parts {
+            out.extend_from_slice(part);
         }
     }
 }

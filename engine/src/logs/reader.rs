@@ -34,7 +34,7 @@ pub(crate) struct ReadOptions {
 pub(crate) async fn read(
     log: Arc<Log>,
     options: ReadOptions,
-    out: mpsc::Sender<Entry>,
+    out: mpsc::Sender<Vec<Entry>>,
 ) -> Result<(), LogError> {
     let mut reader = Reader { log, since: options.since, until: options.until, out };
     let listener = reader.out.clone();
@@ -47,11 +47,18 @@ pub(crate) async fn read(
 /// The sink took no more, or everything asked for was given.
 struct Done;
 
+/// Whether an entry is in the asked-for time.
+enum Wanted {
+    Yes,
+    No,
+    NoMore,
+}
+
 struct Reader {
     log: Arc<Log>,
     since: Option<UnixNanos>,
     until: Option<UnixNanos>,
-    out: mpsc::Sender<Entry>,
+    out: mpsc::Sender<Vec<Entry>>,
 }
 
 impl Reader {
@@ -143,14 +150,23 @@ impl Reader {
             *at += block.len() as u64;
             pending.extend_from_slice(&block);
             let mut consumed = 0;
+            let mut batch = Vec::new();
+            let mut ended = false;
             while let Some(len) = pending[consumed..].iter().position(|b| *b == b'\n') {
                 let line = &pending[consumed..consumed + len];
                 consumed += len + 1;
-                if let Some(entry) = format::decode(line)
-                    && self.give(entry).await.is_err()
-                {
-                    return Ok(Err(Done));
+                let Some(entry) = format::decode(line) else { continue };
+                match self.wants(&entry) {
+                    Wanted::Yes => batch.push(entry),
+                    Wanted::No => {}
+                    Wanted::NoMore => {
+                        ended = true;
+                        break;
+                    }
                 }
+            }
+            if !batch.is_empty() && self.out.send(batch).await.is_err() || ended {
+                return Ok(Err(Done));
             }
             pending.drain(..consumed);
             if pending.len() > MAX_LINE {
@@ -159,15 +175,12 @@ impl Reader {
         }
     }
 
-    async fn give(&mut self, entry: Entry) -> Result<(), Done> {
+    fn wants(&mut self, entry: &Entry) -> Wanted {
         if self.since.is_some_and(|since| entry.time < since) {
-            return Ok(());
+            return Wanted::No;
         }
         self.since = None;
-        if self.until.is_some_and(|until| entry.time > until) {
-            return Err(Done);
-        }
-        self.out.send(entry).await.map_err(|_| Done)
+        if self.until.is_some_and(|until| entry.time > until) { Wanted::NoMore } else { Wanted::Yes }
     }
 
     async fn read_block(&self, file: Arc<File>, at: u64, len: u64) -> Result<Vec<u8>, LogError> {
@@ -298,8 +311,8 @@ mod tests {
         let (out, mut entries) = mpsc::channel(1);
         let task = tokio::spawn(read(Arc::clone(log), options, out));
         let mut texts = Vec::new();
-        while let Some(entry) = entries.recv().await {
-            texts.push(entry.text.trim_end().to_owned());
+        while let Some(batch) = entries.recv().await {
+            texts.extend(batch.into_iter().map(|entry| entry.text.trim_end().to_owned()));
         }
         task.await.unwrap().unwrap();
         texts
