@@ -3,16 +3,19 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// The memory of one machine. Clones share it.
 pub(crate) type Memory = GuestMemoryMmap<()>;
 
 /// The host's page size on every machine that is supported.
 pub(crate) const PAGE: u64 = 4096;
+/// The host's huge pages. Guest addresses are aligned to them as the host's are, so that one fault can bring 512 pages.
+const HUGE: usize = 2 << 20;
 
 /// Why memory could not be made or filled.
 #[derive(Debug, thiserror::Error)]
@@ -21,7 +24,7 @@ pub(crate) enum MemoryError {
     Allocate {
         mib: u64,
         #[source]
-        source: vm_memory::mmap::FromRangesError,
+        source: std::io::Error,
     },
     #[error("guest address {address:#x} with {len:#x} bytes is outside of the guest's memory")]
     Outside { address: u64, len: u64 },
@@ -31,12 +34,44 @@ pub(crate) enum MemoryError {
     Map(#[source] std::io::Error),
 }
 
-/// Reserves memory for these ranges; pages come into being when they are touched.
+/// Reserves memory for these ranges; pages come into being when they are touched. The memory stays until the process ends,
+/// as the machine does.
 pub(crate) fn allocate(ranges: &[(GuestAddress, usize)]) -> Result<Memory, MemoryError> {
-    Memory::from_ranges(ranges).map_err(|source| MemoryError::Allocate {
+    let failed = |source| MemoryError::Allocate {
         mib: ranges.iter().map(|(_, len)| *len as u64).sum::<u64>() >> 20,
         source,
-    })
+    };
+    let mut regions = Vec::with_capacity(ranges.len());
+    for (start, len) in ranges {
+        let region = reserve(*len).map_err(failed)?;
+        regions.push(
+            GuestRegionMmap::new(region, *start).ok_or_else(|| failed(ErrorKind::InvalidInput.into()))?,
+        );
+    }
+    Memory::from_regions(regions).map_err(|error| failed(std::io::Error::other(error)))
+}
+
+/// Anonymous memory of `len` bytes, a multiple of the page size, from a multiple of `HUGE` on.
+fn reserve(len: usize) -> std::io::Result<MmapRegion> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let roomy = len.checked_add(HUGE).ok_or(ErrorKind::InvalidInput)?;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+    let whole = unsafe { libc::mmap(std::ptr::null_mut(), roomy, protection, flags, -1, 0) };
+    if whole == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error());
+    }
+    let before = whole.addr().next_multiple_of(HUGE) - whole.addr();
+    let start = whole.wrapping_byte_add(before);
+    for (part, size) in [(whole, before), (start.wrapping_byte_add(len), HUGE - before)] {
+        // SAFETY: both parts lie in the mapping that was just made, before and behind what is kept, and nobody knows of them.
+        // A failure leaves unused address space behind, an empty part is refused by the kernel; neither matters.
+        unsafe { libc::munmap(part, size) };
+    }
+    // SAFETY: the range is the kept part of the mapping; the advice changes no contents. A host without huge pages refuses it.
+    unsafe { libc::madvise(start, len, libc::MADV_HUGEPAGE) };
+    // SAFETY: `len` bytes from `start` on are mapped with this protection and these flags, and are never unmapped.
+    unsafe { MmapRegion::build_raw(start.cast(), len, protection, flags) }.map_err(std::io::Error::other)
 }
 
 /// Copies bytes into guest memory.
