@@ -2,6 +2,8 @@
 
 use std::fmt::Display;
 
+use crate::client::stream::StreamError;
+
 /// A failure of a command, ready to be printed.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -37,6 +39,12 @@ impl Failure {
     pub(crate) fn hint(mut self, hint: impl Display) -> Self {
         self.hint = Some(hint.to_string());
         self
+    }
+
+    /// Whoever read standard output has gone: no error that anybody wants to hear of.
+    pub(crate) fn is_reader_gone(&self) -> bool {
+        let causes = self.error.iter().flat_map(|error| error.chain());
+        causes.filter_map(|cause| cause.downcast_ref()).any(StreamError::is_reader_gone)
     }
 
     /// Prints it to standard error, as `coracle: cannot …: reason`.

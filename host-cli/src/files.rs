@@ -7,9 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Replaces a file's contents: temporary file, fsync, rename, fsync of the folder.
+/// Replaces a file's contents: temporary file, fsync, rename, fsync of the folder. Several processes may do so at once.
 pub(crate) fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
-    let temporary = temporary(path);
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(format!(".{}.new", std::process::id()));
+    let temporary = PathBuf::from(temporary);
     let written = create(&temporary).and_then(|mut file| {
         file.write_all(contents)?;
         file.sync_all()
@@ -17,6 +19,13 @@ pub(crate) fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
     written.and_then(|()| commit(&temporary, path)).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
     })
+}
+
+/// Replaces a file's contents by a rename, without waiting for the disk: for what need not outlive the host's power.
+pub(crate) fn replace_unsynced(path: &Path, contents: &[u8]) -> io::Result<()> {
+    let temporary = temporary(path);
+    create(&temporary)?.write_all(contents)?;
+    fs::rename(temporary, path)
 }
 
 /// Where a file is written before it gets its name; only one process at a time writes it.

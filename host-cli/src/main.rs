@@ -31,6 +31,9 @@ use args::{Cli, Command};
 use failure::{Failure, Outcome};
 use paths::Home;
 
+/// What a shell shows for a program that wrote to a closed pipe: 128 + SIGPIPE.
+const READER_GONE: u8 = 141;
+
 fn main() -> ExitCode {
     let started = clock::monotonic_micros();
     let name = std::env::args_os().next().unwrap_or_default();
@@ -58,6 +61,9 @@ fn refuse(error: &clap::Error) -> ExitCode {
 
 fn finish(outcome: Outcome) -> ExitCode {
     let code = outcome.unwrap_or_else(|failure| {
+        if failure.is_reader_gone() {
+            return READER_GONE;
+        }
         failure.report();
         failure.code
     });

@@ -141,7 +141,7 @@ impl Timings {
         let kernel = record.boot.iter().find(|(name, _)| name == "vcpus-started");
         if let Some((_, micros)) = kernel {
             let kernel_start = record.started_micros.saturating_add(*micros);
-            for phase in &record.hello.phases {
+            for phase in record.hello.iter().flat_map(|hello| &hello.phases) {
                 self.add("guest", &phase.name, kernel_start.saturating_add(phase.guest_micros));
             }
         }

@@ -64,6 +64,13 @@ pub(crate) enum StreamError {
     Daemon(String),
 }
 
+impl StreamError {
+    /// Whether whoever read our standard output has gone.
+    pub(crate) fn is_reader_gone(&self) -> bool {
+        matches!(self, Self::Write(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
 /// Connects the person's streams with a container's until its output ends or the detach keys are typed. `input` says
 /// whether standard input is passed on; its end becomes the container's.
 pub(crate) async fn pump(

@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     clock::monotonic_micros,
+    failure::describe,
     settings::{MachineSize, Settings},
 };
 
@@ -57,6 +58,9 @@ pub(super) async fn boot(shared: &Shared) -> Result<(Current, Running)> {
     let process = process::spawn(listener, log)?;
     tracing::info!(vm = %shared.id, pid = process.pid, cpus = size.cpus, memory_mib = size.memory_mib, "starting the VMM");
     phases.now("spawned");
+    let mut record =
+        BootRecord { pid: process.pid, started_micros: phases.start, hello: None, boot: Vec::new() };
+    shared.folder.save_boot(&record)?;
     let brought_up = tokio::select! {
         brought_up = bring_up(shared, prepared, &process, &mut phases) => brought_up,
         error = proof => Err(error),
@@ -64,13 +68,13 @@ pub(super) async fn boot(shared: &Shared) -> Result<(Current, Running)> {
     };
     match brought_up {
         Ok((machine, hello, layers)) => {
-            let record =
-                BootRecord { pid: process.pid, started_micros: phases.start, hello, boot: phases.list };
+            record.hello = Some(hello);
+            record.boot = phases.list;
             shared.folder.save_boot(&record)?;
             let running = Running {
                 instance: shared.next_instance(),
                 boot: record.phases(),
-                hello: Some(record.hello),
+                hello: record.hello,
                 adopted: false,
             };
             let layers = Arc::new(tokio::sync::Mutex::new(layers));
@@ -151,13 +155,12 @@ async fn explain(shared: &Shared, error: anyhow::Error) -> anyhow::Error {
     if let Ok(Err(probe)) = tokio::task::spawn_blocking(probe::probe).await {
         return no_kvm(probe);
     }
-    let words = process::last_words(&shared.folder.vmm_log());
     let log = shared.folder.vmm_log();
-    match words.as_str() {
-        "" => error.context(format!("see {} and `coracle doctor`", log.display())),
-        words => error
-            .context(format!("the virtual machine monitor said: {words} (`coracle doctor` may say more)")),
-    }
+    let advice = match process::last_words(&log).as_str() {
+        "" => format!("{} and `coracle doctor` may say more", log.display()),
+        words => format!("the virtual machine monitor said: {words}"),
+    };
+    anyhow!("{} ({advice})", describe(&error))
 }
 
 /// Takes over a machine that an earlier daemon has started; `None` if none runs.
@@ -179,13 +182,17 @@ pub(super) async fn adopt(shared: &Shared) -> Result<Option<(Current, Running)>>
         }
     }
     machine.listen_for_agent().await?;
-    let record = shared.folder.load_boot();
-    let hello = match &record {
-        Some(record) => record.hello.clone(),
-        None => match first_words(&machine, ready).await? {
-            Some(hello) => hello,
-            None => return Ok(None),
-        },
+    let mut record = shared.folder.load_boot();
+    let hello = match record.as_ref().and_then(|record| record.hello.clone()) {
+        Some(hello) => hello,
+        None => {
+            let Some(hello) = first_words(&machine, ready).await? else { return Ok(None) };
+            if let Some(record) = &mut record {
+                record.hello = Some(hello.clone());
+                shared.folder.save_boot(record)?;
+            }
+            hello
+        }
     };
     let stream = machine.connect().await.context("cannot reach the agent of the running machine")?;
     if let Err(error) = agent::answers(stream).await {
@@ -250,7 +257,7 @@ impl Prepared {
     fn new(folder: &Folder, size: MachineSize) -> Result<Self> {
         let guest = Guest::open()?;
         folder.create()?;
-        folder.forget_boot()?;
+        folder.forget_machine();
         let data_disk = disk::open(&folder.data_disk(), &guest.data, size.disk)?;
         let len = data_disk.metadata().context("cannot tell the data disk's size")?.len() / 4096 * 4096;
         let wants_serial = std::env::var_os(SERIAL_VARIABLE).is_some();

@@ -13,6 +13,7 @@ use coracle_vmm::control;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
+use super::layers::Layers;
 use crate::{files, paths::private_dir};
 
 /// `vms/<name>/`.
@@ -26,8 +27,8 @@ pub(crate) struct BootRecord {
     pub(crate) pid: u32,
     /// When the start was asked for, in microseconds of CLOCK_MONOTONIC.
     pub(crate) started_micros: u64,
-    /// The agent's first words.
-    pub(crate) hello: Hello,
+    /// The agent's first words, once it has said them.
+    pub(crate) hello: Option<Hello>,
     /// What happened when, in microseconds since then.
     pub(crate) boot: Vec<(String, u64)>,
 }
@@ -114,7 +115,7 @@ impl Folder {
     /// Keeps how the machine came up.
     pub(crate) fn save_boot(&self, record: &BootRecord) -> Result<()> {
         let bytes = serde_json::to_vec(record).context("cannot write the boot record as JSON")?;
-        files::replace(&self.boot_record(), &bytes).context("cannot write the boot record")
+        files::replace_unsynced(&self.boot_record(), &bytes).context("cannot write the boot record")
     }
 
     /// How the running machine came up, if that was kept.
@@ -122,13 +123,15 @@ impl Folder {
         serde_json::from_slice(&fs::read(self.boot_record()).ok()?).ok()
     }
 
-    /// Forgets how an earlier machine came up.
-    pub(crate) fn forget_boot(&self) -> Result<()> {
-        match fs::remove_file(self.boot_record()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error).context("cannot remove the boot record")
+    /// Removes what belonged to a machine that has ended. Disk and logs stay.
+    pub(crate) fn forget_machine(&self) {
+        for path in [self.boot_record(), Layers::record_in(&self.0), self.0.join("control.sock")] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), %error, "cannot remove what an ended machine left");
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
     }
 

@@ -161,12 +161,10 @@ impl Layers {
 
     /// Renamed into place, not synced: the machine does not outlive the host's power, and neither need this.
     fn save(&self) -> Result<(), LayersError> {
-        let write = || -> io::Result<()> {
-            let temporary = crate::files::temporary(&self.record);
-            fs::write(&temporary, serde_json::to_vec(&self.slots).map_err(io::Error::other)?)?;
-            fs::rename(&temporary, &self.record)
-        };
-        write().map_err(|source| LayersError::Record { path: self.record.clone(), source })
+        let bytes = serde_json::to_vec(&self.slots).map_err(io::Error::other);
+        bytes
+            .and_then(|bytes| crate::files::replace_unsynced(&self.record, &bytes))
+            .map_err(|source| LayersError::Record { path: self.record.clone(), source })
     }
 
     /// The record's path in a machine's folder.

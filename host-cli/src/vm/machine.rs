@@ -31,6 +31,8 @@ pub(crate) struct Machine {
     client: Client,
     /// `Some(reason)` once it has ended.
     ended: watch::Receiver<Option<String>>,
+    /// The VMM itself has said that it ends, or is gone.
+    exited: watch::Receiver<bool>,
 }
 
 /// The agent's ready connection as it comes in.
@@ -42,13 +44,14 @@ impl Machine {
         let (notices, inbox) = mpsc::channel(16);
         let (announce, ready) = oneshot::channel();
         let (report, ended) = watch::channel(None);
+        let (report_exit, exited) = watch::channel(false);
         // The client's own thread waits here while the inbox is full; it ends with the connection.
         let client = Client::new(control, move |notice| {
             let _ = notices.blocking_send(notice);
         })
         .context("cannot use the control socket")?;
-        tokio::spawn(supervise(inbox, announce, report));
-        Ok((Arc::new(Self { client, ended }), ready))
+        tokio::spawn(supervise(inbox, announce, report, report_exit));
+        Ok((Arc::new(Self { client, ended, exited }), ready))
     }
 
     /// Makes a call to the VMM on a thread that may wait.
@@ -75,7 +78,13 @@ impl Machine {
         self.call(|client| client.vsock_listen(READY_PORT, true)).await.context("cannot wait for the agent")
     }
 
-    /// Waits for the machine's end; the reason.
+    /// Waits until the VMM has nothing more to do for the machine: its disk is written.
+    pub(crate) async fn exit(&self) {
+        // An error means that nobody watches it any more, because it is gone.
+        let _ = self.exited.clone().wait_for(|exited| *exited).await;
+    }
+
+    /// Waits for the machine's end, which may be seen a moment before the VMM's; the reason.
     pub(crate) async fn end(&self) -> String {
         match self.ended.clone().wait_for(Option::is_some).await {
             Ok(reason) => reason.clone().unwrap_or_default(),
@@ -89,6 +98,7 @@ async fn supervise(
     mut inbox: mpsc::Receiver<Notice>,
     announce: oneshot::Sender<BufReader<UnixStream>>,
     report: watch::Sender<Option<String>>,
+    report_exit: watch::Sender<bool>,
 ) {
     let mut announce = Some(announce);
     let mut agent_gone: Option<oneshot::Receiver<()>> = None;
@@ -96,7 +106,7 @@ async fn supervise(
         let notice = tokio::select! {
             notice = inbox.recv() => notice,
             _ = async { agent_gone.as_mut().expect("checked").await }, if agent_gone.is_some() => {
-                break reason_after_agent(&mut inbox).await;
+                break reason_after_agent(&mut inbox, &report_exit).await;
             }
         };
         match notice {
@@ -113,23 +123,39 @@ async fn supervise(
             Some(Notice::VsockAccepted { port, .. }) => {
                 tracing::warn!(port, "the guest connected to a port that was not offered");
             }
-            Some(Notice::Exited(reason)) => break reason.to_string(),
-            Some(Notice::Disconnected) | None => break "its virtual machine monitor is gone".to_owned(),
+            Some(notice) => {
+                report_exit.send_replace(true);
+                break exit_reason(Some(notice));
+            }
+            None => break exit_reason(None),
         }
     };
     tracing::info!(%reason, "the machine has ended");
     report.send_replace(Some(reason));
     // The client's thread must never find the inbox closed with notices left: drain it to the end.
-    while inbox.recv().await.is_some() {}
+    while let Some(notice) = inbox.recv().await {
+        if !matches!(notice, Notice::VsockAccepted { .. }) {
+            report_exit.send_replace(true);
+        }
+    }
 }
 
-async fn reason_after_agent(inbox: &mut mpsc::Receiver<Notice>) -> String {
+fn exit_reason(notice: Option<Notice>) -> String {
+    match notice {
+        Some(Notice::Exited(reason)) => reason.to_string(),
+        _ => "its virtual machine monitor is gone".to_owned(),
+    }
+}
+
+async fn reason_after_agent(inbox: &mut mpsc::Receiver<Notice>, report_exit: &watch::Sender<bool>) -> String {
     let exit = async {
         loop {
             match inbox.recv().await {
-                Some(Notice::Exited(reason)) => return reason.to_string(),
                 Some(Notice::VsockAccepted { .. }) => {}
-                Some(Notice::Disconnected) | None => return "its virtual machine monitor is gone".to_owned(),
+                notice => {
+                    report_exit.send_replace(true);
+                    return exit_reason(notice);
+                }
             }
         }
     };

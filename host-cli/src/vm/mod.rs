@@ -177,6 +177,7 @@ impl Shared {
         self.state.send_replace(SandboxState::Died { reason });
         // A machine without its agent is of no use. Nobody finds it half dead: a start waits until it is gone.
         discard(current).await;
+        self.folder.forget_machine();
     }
 
     async fn stop(&self) -> Result<(), SandboxError> {
@@ -191,12 +192,13 @@ impl Shared {
         };
         if let Err(error) = asked.await {
             tracing::warn!(vm = %self.id, error = %describe(&error), "the agent does not shut down; ending the machine");
-        } else if tokio::time::timeout(AGENT_GRACE, current.machine.end()).await.is_err() {
+        } else if tokio::time::timeout(AGENT_GRACE, current.machine.exit()).await.is_err() {
             tracing::warn!(vm = %self.id, "the guest takes too long to shut down; ending the machine");
         }
         discard(&current).await;
-        if tokio::time::timeout(VMM_GRACE, current.machine.end()).await.is_ok() {
+        if tokio::time::timeout(VMM_GRACE, current.machine.exit()).await.is_ok() {
             self.set_current(None);
+            self.folder.forget_machine();
             self.state.send_replace(SandboxState::Stopped);
             return Ok(());
         }

@@ -77,6 +77,8 @@ pub(crate) fn run() -> Result<()> {
         stdin.as_fd().try_clone_to_owned().context("there is no control socket on standard input")?;
     let null = File::open("/dev/null").context("cannot open /dev/null")?;
     rustix::stdio::dup2_stdin(&null).context("cannot let go of standard input")?;
+    // The VMM closes every descriptor that it does not know: none may be left that something here owns.
+    drop(null);
     let reason = coracle_vmm::run(control).context("the virtual machine monitor failed")?;
     tracing::info!(%reason, "the machine has ended");
     Ok(())
@@ -84,7 +86,7 @@ pub(crate) fn run() -> Result<()> {
 
 /// The last words of a VMM, for an error message.
 pub(crate) fn last_words(log: &std::path::Path) -> String {
-    let text = files::tail(log, 2048);
-    let lines: Vec<&str> = text.lines().collect();
+    let text = files::tail(log, 4096);
+    let lines: Vec<&str> = text.lines().filter(|line| !line.contains(" INFO ")).collect();
     lines[lines.len().saturating_sub(5)..].join("; ")
 }
