@@ -8,12 +8,23 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use container::{CreateOptions, ExecArgs, RunArgs, TimingsFormat};
 
+/// What the environment can say.
+const ENVIRONMENT: &str = "\
+Environment:
+  CORACLE_HOME       where images, containers and the virtual machine are kept (~/.local/share/coracle)
+  CORACLE_LOG        what the daemon logs, for example debug (info)
+  CORACLE_TRACE      a file for the timings of `coracle run`, as JSON
+  CORACLE_GUEST_DIR  a folder with vmlinux, initramfs.cpio and data.ext4.zst instead of the guest in the executable
+  CORACLE_SERIAL     if set, the guest's serial port is written to vms/default/serial.log (and slows it down)
+
+The daemon has the environment of the command that started it.";
+
 /// Linux containers inside a tiny virtual machine.
 #[derive(Debug, Parser)]
 #[command(
     name = "coracle",
     version,
-    disable_help_subcommand = true,
+    after_help = ENVIRONMENT,
     subcommand_required = true,
     arg_required_else_help = true
 )]

@@ -33,6 +33,8 @@ use crate::{
 
 /// From the boot request to the agent's first word; also slow emulated processors make it.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
+/// A machine that is not up after this much longer than usual makes one wonder.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How long an adopted VMM may take to say something.
 const ADOPT_TIMEOUT: Duration = Duration::from_secs(10);
 /// What a machine still had open when it ended is let go within this time.
@@ -130,11 +132,12 @@ fn exit_words(status: Option<std::process::ExitStatus>) -> String {
     status.map_or_else(|| "nobody knows how".to_owned(), |status| status.to_string())
 }
 
-/// Tries whether KVM works here, beside the boot, once in a daemon's life: some KVMs let a machine begin and never get
-/// anywhere. Ready only if it does not work.
+/// If a machine takes long to come up, tries whether KVM works here, once in a daemon's life: some KVMs let a machine begin
+/// and never get anywhere. Ready only if it does not work.
 async fn proof() -> anyhow::Error {
     static PROVED: AtomicBool = AtomicBool::new(false);
     if !PROVED.load(Ordering::Relaxed) {
+        tokio::time::sleep(PATIENCE).await;
         match tokio::task::spawn_blocking(probe::probe).await {
             Ok(Err(error)) => return no_kvm(error),
             _ => PROVED.store(true, Ordering::Relaxed),

@@ -209,3 +209,104 @@ pub(crate) async fn read_hello(stream: &mut BufReader<UnixStream>) -> Result<Hel
     }
     Ok(hello)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::fd::OwnedFd};
+
+    use coracle_vmm::control::{self, Event, ExitReason, FromVmm};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    /// The VMM's end of a control connection.
+    struct FakeVmm(OwnedFd);
+
+    impl FakeVmm {
+        fn new() -> (Self, Arc<Machine>, Ready) {
+            let (ours, theirs) =
+                socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+            let (machine, ready) = Machine::new(ours).unwrap();
+            (Self(theirs), machine, ready)
+        }
+
+        fn send(&self, event: Event, fds: &[&StdUnixStream]) {
+            let bytes = serde_json::to_vec(&FromVmm::Event(event)).unwrap();
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            control::send(&self.0, &bytes, &fds).unwrap();
+        }
+
+        /// A guest that connects to the host's `port`; the guest's end.
+        fn connect(&self, port: u32) -> StdUnixStream {
+            let (host, guest) = StdUnixStream::pair().unwrap();
+            self.send(Event::VsockAccepted { port, guest_port: 99 }, &[&host]);
+            guest
+        }
+    }
+
+    fn hello(api_version: u32) -> String {
+        format!(
+            "{{\"api_version\":{api_version},\"agent_version\":\"1\",\"kernel_release\":\"6\",\"phases\":[]}}\n"
+        )
+    }
+
+    #[tokio::test]
+    async fn a_machine_whose_agent_is_gone_has_ended() {
+        let (vmm, machine, ready) = FakeVmm::new();
+        let mut guest = vmm.connect(READY_PORT);
+        guest.write_all(hello(API_VERSION).as_bytes()).unwrap();
+        let said = read_hello(&mut ready.await.unwrap()).await.unwrap();
+        assert_eq!(said.kernel_release, "6");
+        drop(guest);
+        assert_eq!(machine.end().await, "the agent closed its connection");
+    }
+
+    #[tokio::test]
+    async fn the_vmms_own_reason_is_preferred() {
+        let (vmm, machine, ready) = FakeVmm::new();
+        let guest = vmm.connect(READY_PORT);
+        let _stream = ready.await.unwrap();
+        drop(guest);
+        vmm.send(Event::Exited { reason: ExitReason::TripleFault }, &[]);
+        assert_eq!(machine.end().await, ExitReason::TripleFault.to_string());
+        machine.exit().await;
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_is_killed_is_noticed() {
+        let (vmm, machine, _ready) = FakeVmm::new();
+        drop(vmm);
+        assert_eq!(machine.end().await, "its virtual machine monitor is gone");
+        machine.exit().await;
+        assert!(machine.call(|client| client.status()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn connections_that_nobody_asked_for_are_closed() {
+        use std::io::Read;
+        let (vmm, _machine, ready) = FakeVmm::new();
+        let mut strange = vmm.connect(7);
+        let first = vmm.connect(READY_PORT);
+        let mut second = vmm.connect(READY_PORT);
+        let _stream = ready.await.unwrap();
+        let closed = tokio::task::spawn_blocking(move || (strange.read(&mut [0]), second.read(&mut [0])));
+        assert!(matches!(closed.await.unwrap(), (Ok(0), Ok(0))));
+        drop(first);
+    }
+
+    #[tokio::test]
+    async fn first_words_that_are_none_are_refused() {
+        let too_long = "x".repeat(MAX_HELLO as usize + 1);
+        for words in [hello(API_VERSION + 1), "{}\n".to_owned(), "no line".to_owned(), too_long] {
+            let (host, mut guest) = StdUnixStream::pair().unwrap();
+            let writer = std::thread::spawn(move || {
+                // It fails once the other end has had enough.
+                let _ = guest.write_all(words.as_bytes());
+            });
+            let (mut reader, _gone) = agent_stream(host.into()).unwrap();
+            assert!(read_hello(&mut reader).await.is_err());
+            drop((reader, _gone));
+            writer.join().unwrap();
+        }
+    }
+}
