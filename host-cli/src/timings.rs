@@ -97,11 +97,8 @@ impl Timings {
         self.moments.push(Moment { part, name: printable(name), micros });
     }
 
-    /// Asks the daemon for its moments, which it may forget with the container.
-    pub(crate) async fn ask(&mut self, home: &Home, docker: &Docker, id: &str) -> Result<()> {
-        if !self.wanted() {
-            return Ok(());
-        }
+    /// Asks the daemon for its moments; it knows them for a while after the container is gone.
+    async fn ask(&mut self, home: &Home, docker: &Docker, id: &str) -> Result<()> {
         let answer: Result<DaemonTimings, ClientError> =
             docker.get(&format!("/coracle/timings/{}", escape(id))).await;
         let answer = answer.context("cannot ask the daemon where the time went")?;
@@ -158,9 +155,7 @@ impl Timings {
         if !self.wanted() {
             return Ok(());
         }
-        if !self.moments.iter().any(|moment| moment.part == "daemon") {
-            self.ask(home, docker, id).await?;
-        }
+        self.ask(home, docker, id).await?;
         if let Some(at) = first_byte {
             self.add("cli", "first-byte", at);
         }

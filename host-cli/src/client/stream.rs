@@ -157,12 +157,21 @@ pub(crate) async fn copy_output(
     Ok(())
 }
 
+/// Reads some bytes; none at the stream's end. A daemon that closes a stream whose input it did not want to the end resets it,
+/// after all the output: that is an end like another, and how the process ended is told elsewhere.
+async fn read_some(reader: &mut (impl AsyncRead + Unpin), buffer: &mut [u8]) -> io::Result<usize> {
+    match reader.read(buffer).await {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(0),
+        result => result,
+    }
+}
+
 /// False: the stream ended between two frames.
 async fn read_header(
     reader: &mut (impl AsyncRead + Unpin),
     header: &mut [u8; 8],
 ) -> Result<bool, StreamError> {
-    let first = reader.read(&mut header[..1]).await.map_err(StreamError::Read)?;
+    let first = read_some(reader, &mut header[..1]).await.map_err(StreamError::Read)?;
     if first == 0 {
         return Ok(false);
     }
@@ -181,7 +190,7 @@ async fn copy(
     let mut copied = 0;
     while copied < limit {
         let wanted = usize::try_from(limit - copied).unwrap_or(usize::MAX).min(buffer.len());
-        let read = reader.read(&mut buffer[..wanted]).await.map_err(StreamError::Read)?;
+        let read = read_some(reader, &mut buffer[..wanted]).await.map_err(StreamError::Read)?;
         if read == 0 {
             break;
         }

@@ -3,6 +3,8 @@
 //! The order is Docker's: create, attach, wait, start. Attaching and waiting come before the start, so that no byte of output
 //! and no exit code is missed, however quick the container is.
 
+use std::pin::pin;
+
 use anyhow::Context;
 use serde::Deserialize;
 
@@ -71,13 +73,26 @@ async fn attended(
     let (streams, exit) = tokio::join!(session.attach(), Exit::wait_for(docker, id, condition));
     let streams = streams.with_context(|| format!("cannot attach to the container of {what}"))?;
     let exit = exit.with_context(|| format!("cannot wait for the container of {what}"))?;
-    start_call(docker, id, what).await?;
-    if let Some((timings, home)) = &mut timings {
-        timings.now("started");
-        timings.ask(home, docker, id).await?;
-    }
     let first_byte = FirstByte::default();
-    let ended = session.follow(streams, &first_byte).await?;
+    let mut following = pin!(session.follow(streams, &first_byte));
+    let mut starting = pin!(start_call(docker, id, what));
+    // Output is shown as it comes, even before the daemon's answer. A terminal stays as it is until there is a container.
+    let early = tokio::select! {
+        biased;
+        started = &mut starting => started.map(|()| None)?,
+        ended = &mut following, if !session.tty => Some(ended?),
+    };
+    if early == Some(Ended::Output) {
+        starting.await?;
+    }
+    if let Some((timings, _)) = &mut timings {
+        timings.now("started");
+    }
+    let _forwarding = session.forward_signals()?;
+    let ended = match early {
+        Some(ended) => ended,
+        None => following.await?,
+    };
     let outcome = match ended {
         Ended::Output => exit.code().await,
         Ended::Detached => Ok(0),
@@ -227,6 +242,7 @@ pub(super) async fn attach(home: &Home, args: &AttachArgs) -> Outcome {
         tokio::join!(session.attach(), Exit::wait_for(&session.docker, &session.id, "not-running"));
     let streams = streams.with_context(|| format!("cannot attach to {name}"))?;
     let exit = exit.with_context(|| format!("cannot wait for {name}"))?;
+    let _forwarding = session.forward_signals()?;
     match session.follow(streams, &FirstByte::default()).await? {
         Ended::Output => exit.code().await,
         Ended::Detached => Ok(0),

@@ -89,7 +89,7 @@ impl Session {
     pub(super) async fn follow(&self, streams: Hijacked, first_byte: &FirstByte) -> Result<Ended> {
         let raw = (self.tty && self.input && terminal::stdin_is_terminal()).then(RawMode::enable).transpose();
         let raw = raw.context("cannot put the terminal into raw mode")?;
-        let background = [self.watch_size().await?, self.forward_signals()?];
+        let _watching = self.watch_size().await?;
         let keys = raw.is_some().then(|| self.detach_keys.clone());
         let ended = tokio::select! {
             end = pump(streams, self.input, keys, first_byte) => match end? {
@@ -98,19 +98,18 @@ impl Session {
             },
             signal = self.own_end()? => Ended::Signal(signal),
         };
-        background.into_iter().flatten().for_each(|task| task.abort());
         Ok(ended)
     }
 
     /// Gives the process's terminal our size, now and whenever it changes.
-    async fn watch_size(&self) -> Result<Option<JoinHandle<()>>> {
+    async fn watch_size(&self) -> Result<Option<Background>> {
         if !self.tty {
             return Ok(None);
         }
         let mut changes = signal(SignalKind::window_change()).context("cannot listen for signals")?;
         self.resize().await;
         let (docker, target, id) = (self.docker.clone(), self.target, self.id.clone());
-        Ok(Some(tokio::spawn(async move {
+        Ok(Some(Background::spawn(async move {
             while changes.recv().await.is_some() {
                 resize(&docker, target, &id).await;
             }
@@ -122,7 +121,8 @@ impl Session {
         resize(&self.docker, self.target, &self.id).await;
     }
 
-    fn forward_signals(&self) -> Result<Option<JoinHandle<()>>> {
+    /// Passes signals on to the process, until what is returned is dropped.
+    pub(super) fn forward_signals(&self) -> Result<Option<Background>> {
         if self.tty || !self.signals || self.target == Target::Exec {
             return Ok(None);
         }
@@ -131,7 +131,7 @@ impl Session {
             sources.push((signal(kind).context("cannot listen for signals")?, name));
         }
         let (docker, id) = (self.docker.clone(), self.id.clone());
-        Ok(Some(tokio::spawn(async move {
+        Ok(Some(Background::spawn(async move {
             loop {
                 let arrivals = sources.iter_mut().map(|(source, name)| {
                     Box::pin(async move {
@@ -180,6 +180,22 @@ async fn resize(docker: &Docker, target: Target, id: &str) {
     };
     // A process that has ended meanwhile has no size.
     let _ = docker.post(&format!("/{kind}/{}/resize?h={}&w={}", escape(id), size.rows, size.columns)).await;
+}
+
+/// Work that ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Background(JoinHandle<()>);
+
+impl Background {
+    fn spawn(work: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(tokio::spawn(work))
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// A container's end that is being waited for.
