@@ -1,6 +1,6 @@
 //! `/containers/{id}/attach`, and the session on a hijacked connection that attach and exec share.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -17,6 +17,8 @@ use crate::{
     logs::{self, Log, Position, ReadOptions},
 };
 
+/// How long a client may take to notice that the output has ended.
+const LINGER: Duration = Duration::from_secs(10);
 /// How many blocks of log entries wait for the client.
 const QUEUE: usize = 2;
 
@@ -35,11 +37,11 @@ pub(super) struct Session {
 
 impl Session {
     /// Runs until the process's output ends or the client leaves.
-    pub(super) async fn run(self, incoming: Incoming, mut outgoing: Outgoing, presence: Presence) {
+    pub(super) async fn run(self, mut incoming: Incoming, mut outgoing: Outgoing, presence: Presence) {
         let Self { replay, output, input, framing, closes_stdin, detach } = self;
         {
             let mut writing = std::pin::pin!(write(replay, output, framing, &mut outgoing));
-            let mut reading = std::pin::pin!(read(incoming, input, closes_stdin, detach));
+            let mut reading = std::pin::pin!(read(&mut incoming, input, closes_stdin, detach));
             let mut lost = std::pin::pin!(presence.lost());
             tokio::select! {
                 () = &mut writing => {}
@@ -54,6 +56,10 @@ impl Session {
             }
         }
         outgoing.close().await;
+        // A connection that is closed with bytes unread is reset, and some clients take that for a failure: read what the
+        // client still sends until it has seen the end.
+        let rest = async { while incoming.next().await.is_some() {} };
+        let _ = tokio::time::timeout(LINGER, rest).await;
     }
 }
 
@@ -96,7 +102,7 @@ async fn write_log(
 
 /// Passes input on; returns whether the client's end of input means that it leaves.
 async fn read(
-    mut incoming: Incoming,
+    incoming: &mut Incoming,
     input: Option<mpsc::Sender<Input>>,
     closes_stdin: bool,
     detach: Option<DetachKeys>,
