@@ -1,10 +1,9 @@
-//! Guest memory: anonymous memory, parts of which can be mapped copy-on-write from a file. The module trusts the host's
-//! files not to shrink while they are mapped, and nothing that the guest writes.
+//! Guest memory: anonymous memory, aligned so that the host can give it in huge pages. The module trusts nothing that the guest
+//! writes.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
@@ -30,8 +29,6 @@ pub(crate) enum MemoryError {
     Outside { address: u64, len: u64 },
     #[error("cannot read from the file")]
     Read(#[source] std::io::Error),
-    #[error("cannot map the file into guest memory")]
-    Map(#[source] std::io::Error),
 }
 
 /// Reserves memory for these ranges; pages come into being when they are touched. The memory stays until the process ends,
@@ -81,8 +78,8 @@ pub(crate) fn write(memory: &Memory, address: u64, bytes: &[u8]) -> Result<(), M
         .map_err(|_| MemoryError::Outside { address, len: bytes.len() as u64 })
 }
 
-/// Makes `len` bytes of a file, from `offset` on, appear at a guest address: whole pages are mapped copy-on-write when
-/// file and address are aligned alike, the rest is read.
+/// Copies `len` bytes of a file, from `offset` on, to a guest address. Mapping the file would not share its pages for long and cost
+/// thousands of faults: a kernel patches its own text nearly everywhere when it starts, and unpacks an initramfs once.
 pub(crate) fn load_file(
     memory: &Memory,
     address: u64,
@@ -90,24 +87,12 @@ pub(crate) fn load_file(
     offset: u64,
     len: u64,
 ) -> Result<(), MemoryError> {
+    let outside = || MemoryError::Outside { address, len };
+    let size = usize::try_from(len).map_err(|_| outside())?;
     if len == 0 {
         return Ok(());
     }
-    let outside = || MemoryError::Outside { address, len };
-    let end = address.checked_add(len).ok_or_else(outside)?;
-    let size = usize::try_from(len).map_err(|_| outside())?;
     memory.get_slice(GuestAddress(address), size).map_err(|_| outside())?;
-    let first = address.next_multiple_of(PAGE);
-    let last = end / PAGE * PAGE;
-    if address % PAGE != offset % PAGE || first >= last {
-        return read_file(memory, address, file, offset, len);
-    }
-    read_file(memory, address, file, offset, first - address)?;
-    map_pages(memory, first, file, offset + (first - address), last - first)?;
-    read_file(memory, last, file, offset + (last - address), end - last)
-}
-
-fn read_file(memory: &Memory, address: u64, file: &File, offset: u64, len: u64) -> Result<(), MemoryError> {
     let mut buffer = vec![0; 1 << 16];
     let mut done = 0;
     while done < len {
@@ -115,31 +100,6 @@ fn read_file(memory: &Memory, address: u64, file: &File, offset: u64, len: u64) 
         file.read_exact_at(&mut buffer[..part], offset + done).map_err(MemoryError::Read)?;
         write(memory, address + done, &buffer[..part])?;
         done += part as u64;
-    }
-    Ok(())
-}
-
-/// `address`, `offset` and `len` are multiples of the page size.
-fn map_pages(memory: &Memory, address: u64, file: &File, offset: u64, len: u64) -> Result<(), MemoryError> {
-    let outside = || MemoryError::Outside { address, len };
-    let size = usize::try_from(len).map_err(|_| outside())?;
-    let file_offset = libc::off_t::try_from(offset).map_err(|_| outside())?;
-    let slice = memory.get_slice(GuestAddress(address), size).map_err(|_| outside())?;
-    // SAFETY: the slice proves that `size` bytes from this host address on belong to one mapping of the guest's memory,
-    // which is only accessed through volatile accesses; the new mapping replaces these pages and no others, has the
-    // same protection, and is unmapped together with them.
-    let mapped = unsafe {
-        libc::mmap(
-            slice.ptr_guard_mut().as_ptr().cast(),
-            size,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
-            file.as_raw_fd(),
-            file_offset,
-        )
-    };
-    if mapped == libc::MAP_FAILED {
-        return Err(MemoryError::Map(std::io::Error::last_os_error()));
     }
     Ok(())
 }
@@ -154,7 +114,7 @@ mod tests {
     #[case::ragged_edges(0x1234, 0x2234, 0x4567)]
     #[case::unlike_alignment(0x1234, 0x1000, 0x2222)]
     #[case::small(0x10, 0x10, 0x20)]
-    fn a_file_appears_in_memory_and_stays_as_it_was(
+    fn a_file_is_copied_into_memory_and_stays_as_it_was(
         #[case] address: u64,
         #[case] offset: u64,
         #[case] len: u64,

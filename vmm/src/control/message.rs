@@ -52,7 +52,7 @@ impl Request {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileRegion {
-    /// First byte. The kernel and the initramfs are mapped rather than read when this is a multiple of 4096.
+    /// First byte.
     pub offset: u64,
     /// Number of bytes.
     pub len: u64,

@@ -60,14 +60,10 @@ fn load_initramfs(
 ) -> Result<(u64, u64), ArchError> {
     let too_large = || ArchError::InitramfsTooLarge(region.len);
     let top = memory.iter().next().map_or(0, GuestMemoryRegion::len);
-    // The same position in a page as in the file lets it be mapped.
-    let misalignment = region.offset % PAGE;
-    let room = region.len.checked_add(misalignment).ok_or_else(too_large)?;
-    let page = top.checked_sub(room).ok_or_else(too_large)? / PAGE * PAGE;
-    if page < kernel_end.next_multiple_of(PAGE) {
+    let address = top.checked_sub(region.len).ok_or_else(too_large)? / PAGE * PAGE;
+    if address < kernel_end.next_multiple_of(PAGE) {
         return Err(too_large());
     }
-    let address = page + misalignment;
     memory::load_file(memory, address, file, region.offset, region.len)
         .map_err(|source| ArchError::Memory { what: "the initramfs", source })?;
     Ok((address, region.len))

@@ -34,7 +34,7 @@ struct Segment {
     end: u64,
 }
 
-/// Maps the kernel's segments to the addresses it asks for.
+/// Copies the kernel's segments to the addresses it asks for.
 pub(super) fn load(memory: &Memory, file: &File, region: FileRegion) -> Result<LoadedKernel, ArchError> {
     let mut header = [0; ELF_HEADER];
     read_part(file, region, 0, &mut header, "the ELF header")?;
