@@ -13,7 +13,8 @@
 //! | `DELETE /v1/layers/{diff_id}` | → 204 | unmounts a layer that no running container uses and gives its partition back |
 //! | `POST /v1/execs/{id}` | [`ExecSpec`] → [`Started`] | starts a further process in a running container |
 //! | `GET /v1/processes/{id}/output?after=N` | upgrade to [`OUTPUT_PROTOCOL`] | [`frame`]s of the process with a sequence number above N; the client sends [`frame::Ack`]s |
-//! | `GET /v1/processes/{id}/stdin` | upgrade to [`STDIN_PROTOCOL`] | raw bytes for the process's standard input; the client's half-close closes it |
+//! | `GET /v1/processes/{id}/stdin` | upgrade to [`STDIN_PROTOCOL`] | raw bytes for the process's standard input; when the client half-closes and the bytes were taken, the agent closes its half too. The input itself stays open: a daemon that is killed is not its end |
+//! | `DELETE /v1/processes/{id}/stdin` | → 204 | closes the process's standard input; a terminal's stays open |
 //! | `POST /v1/processes/{id}/signal` | [`Signal`] → 204 | sends a signal |
 //! | `POST /v1/processes/{id}/resize` | [`TerminalSize`] → 204 | sets the size of the process's terminal |
 //! | `DELETE /v1/processes/{id}` | → 204 | forgets an ended process: its exit status and unread output |

@@ -28,7 +28,7 @@ fn noise(len: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_large_input_comes_back_byte_for_byte_after_a_half_close() {
+async fn a_large_input_comes_back_byte_for_byte() {
     let agent = TestAgent::start().await;
     let mut cat = process(&["cat"]);
     cat.stdin = true;
@@ -38,12 +38,30 @@ async fn a_large_input_comes_back_byte_for_byte_after_a_half_close() {
     let write = async {
         stdin.write_all(&input).await.unwrap();
         stdin.shutdown().await.unwrap();
-        // The agent closes its side, too.
+        // The agent closes its side when it has taken everything; the input is ended by a call of its own.
         assert_eq!(stdin.read(&mut [0]).await.unwrap(), 0);
+        agent.delete(&format!("/v1/processes/{id}/stdin")).await.unwrap();
     };
     let (output, ()) = tokio::join!(agent.output(&id), write);
     assert_eq!(output.code(), 0);
     assert!(output.stdout == input);
+}
+
+#[tokio::test]
+async fn the_end_of_a_connection_is_not_the_end_of_the_input() {
+    let agent = TestAgent::start().await;
+    let mut process = shell("while read line; do echo got $line; done; exit 3");
+    process.stdin = true;
+    let id = start(&agent, process).await;
+    for line in ["one\n", "two\n"] {
+        let mut stdin = agent.open_stdin(&id).await;
+        stdin.write_all(line.as_bytes()).await.unwrap();
+        stdin.shutdown().await.unwrap();
+        assert_eq!(stdin.read(&mut [0]).await.unwrap(), 0);
+    }
+    agent.delete(&format!("/v1/processes/{id}/stdin")).await.unwrap();
+    let output = agent.output(&id).await;
+    assert_eq!((output.text().as_str(), output.code()), ("got one\ngot two\n", 3));
 }
 
 #[tokio::test]
@@ -113,6 +131,7 @@ async fn a_reader_that_comes_back_goes_on_where_it_was() {
     let state: coracle_agent_api::AgentState = agent.get("/v1/state").await.unwrap();
     assert_eq!(state.processes[0].acknowledged, 0);
     stdin.shutdown().await.unwrap();
+    agent.delete(&format!("/v1/processes/{id}/stdin")).await.unwrap();
     assert_eq!(agent.output(&id).await.text(), expected);
 }
 

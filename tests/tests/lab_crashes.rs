@@ -1,7 +1,7 @@
 //! Any process may die at any moment: what was acknowledged is there afterwards.
 
 use std::{
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write},
     process::Stdio,
 };
 
@@ -10,7 +10,7 @@ use coracle_tests::Installation;
 #[test]
 fn containers_outlive_a_killed_daemon() {
     let coracle = Installation::new().with_busybox();
-    let count = "i=0; while read line; do i=$((i+1)); echo $i; done; exit 5";
+    let count = "i=0; while read line; do [ $line = end ] && exit 5; i=$((i+1)); echo $i; done";
     coracle.docker(&["run", "-d", "-i", "--name", "counter", "busybox", "sh", "-c", count]).ok();
     coracle
         .docker(&[
@@ -33,8 +33,22 @@ fn containers_outlive_a_killed_daemon() {
     assert_eq!(coracle.docker(&["wait", "brief"]).text(), "6");
     assert_eq!(coracle.docker(&["logs", "brief"]).text(), "done");
     // Streams can be attached again.
-    let echoed = coracle.docker_with_input(&["attach", "counter"], b"a\nb\nc\n").code(5);
-    assert_eq!(echoed.out(), "1\n2\n3\n");
+    let mut attach = coracle.command("docker");
+    let mut attach =
+        attach.args(["attach", "counter"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut input = attach.stdin.take().unwrap();
+    let mut lines = BufReader::new(attach.stdout.take().unwrap()).lines();
+    for number in ["1", "2", "3"] {
+        input.write_all(b"a line\n").unwrap();
+        assert_eq!(lines.next().unwrap().unwrap(), number);
+    }
+    // A daemon that dies is not the end of the container's input.
+    coracle.kill(coracle.daemon_pid());
+    assert!(lines.next().is_none(), "nobody is attached any more");
+    attach.wait().unwrap();
+    coracle.coracle(&["up"]).ok();
+    let ended = coracle.docker_with_input(&["attach", "counter"], b"end\n");
+    assert_eq!(ended.code, 5, "{}", ended.err());
     assert_eq!(coracle.docker(&["logs", "counter"]).text(), "1\n2\n3");
     coracle.docker(&["rm", "counter", "brief"]).ok();
 }

@@ -130,6 +130,11 @@ impl Agent {
         Ok(stream)
     }
 
+    /// Ends a process's standard input.
+    pub(crate) async fn close_stdin(&self, id: &ProcessId) -> Result<(), AgentError> {
+        self.delete(&format!("/v1/processes/{id}/stdin")).await
+    }
+
     /// The guest kernel's log; endless if it is followed.
     pub(crate) async fn kmsg(&self, follow: bool) -> Result<Incoming, AgentError> {
         let path = if follow { "/v1/kmsg" } else { "/v1/kmsg?follow=0" };

@@ -1,7 +1,8 @@
 //! The way from attached clients to a process's standard input.
 //!
 //! The way exists before the process does, so that a client can attach first and start then. The connection to the agent is
-//! made with the first bytes, and its half-close closes the process's input.
+//! made with the first bytes. The input is ended by a call of its own, after everything was taken: so the end of a
+//! connection, which a killed daemon causes too, is not the end of the input.
 
 use std::sync::Mutex;
 
@@ -91,5 +92,5 @@ pub(crate) async fn forward(
     drop(input);
     let mut nothing = [0; 64];
     while stream.read(&mut nothing).await.map_err(AgentError::Stream)? > 0 {}
-    Ok(())
+    agent.close_stdin(&id).await
 }

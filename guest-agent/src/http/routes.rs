@@ -81,6 +81,14 @@ async fn route(
             }
             upgrade(agent, request, STDIN_PROTOCOL, move |io| streams::stdin(process, io))
         }
+        (&Method::DELETE, ["processes", id, "stdin"]) => {
+            let process = agent.process(&parse(id)?)?;
+            let Some(stdin) = &process.stdin else {
+                return Err(conflict("the process was started without standard input"));
+            };
+            stdin.end().await;
+            Ok(done())
+        }
         (&Method::POST, ["processes", id, "signal"]) => {
             let signal: coracle_agent_api::Signal = body(request).await?;
             agent.process(&parse(id)?)?.signal(signal.signal)?;

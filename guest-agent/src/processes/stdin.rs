@@ -21,12 +21,12 @@ enum Sink {
 }
 
 impl Stdin {
-    /// Feeds a pipe, which is closed at the end of the input.
+    /// Feeds a pipe.
     pub(crate) fn pipe(fd: AsyncFd<OwnedFd>) -> Self {
         Self::new(Sink::Pipe(fd))
     }
 
-    /// Feeds a terminal, which does not end with the input.
+    /// Feeds a terminal, which has no end of input.
     pub(crate) fn terminal(fd: Arc<AsyncFd<OwnedFd>>) -> Self {
         Self::new(Sink::Terminal(fd))
     }
@@ -35,7 +35,8 @@ impl Stdin {
         Self { sink: Mutex::new(Some(sink)), newest: watch::Sender::new(0) }
     }
 
-    /// Copies a connection's bytes until it ends, fails or is replaced, or until the process reads no more.
+    /// Copies a connection's bytes until it ends, fails or is replaced, or until the process reads no more. The end of a
+    /// connection is not the end of the input: the daemon may have been killed, and comes back.
     pub(crate) async fn feed(&self, source: &mut (impl AsyncRead + Unpin)) {
         let mut mine = 0;
         self.newest.send_modify(|newest| {
@@ -46,6 +47,15 @@ impl Stdin {
         tokio::select! {
             () = self.copy(source) => {}
             _ = newest.wait_for(|newest| *newest != mine) => {}
+        }
+    }
+
+    /// Ends the input of a process that has a pipe: it reads the end of its file when it has read what came before.
+    pub(crate) async fn end(&self) {
+        self.newest.send_modify(|newest| *newest += 1);
+        let mut sink = self.sink.lock().await;
+        if matches!(*sink, Some(Sink::Pipe(_))) {
+            *sink = None;
         }
     }
 
@@ -61,12 +71,7 @@ impl Stdin {
         loop {
             let Some(open) = sink.as_ref() else { return };
             match source.read(&mut buffer).await {
-                Ok(0) => {
-                    if matches!(open, Sink::Pipe(_)) {
-                        *sink = None;
-                    }
-                    return;
-                }
+                Ok(0) | Err(_) => return,
                 Ok(len) => {
                     if open.write_all(&buffer[..len]).await.is_err() {
                         // The process has closed its end: whatever else comes has no reader.
@@ -74,8 +79,6 @@ impl Stdin {
                         return;
                     }
                 }
-                // A broken connection is not the end of the input: the daemon may come back.
-                Err(_) => return,
             }
         }
     }
