@@ -12,6 +12,7 @@ pub(crate) const KERNEL: &[&str] = &[
     "linux-source-6.12",
     "make",
     "gcc",
+    "libc6-dev",
     "flex",
     "bison",
     "bc",
@@ -29,8 +30,8 @@ pub(crate) const LAB: &[&str] = &["qemu-system-x86", "busybox-static", "cpio", "
 pub(crate) const IMAGES: &[&str] = &["busybox-static", "umoci", "skopeo"];
 /// The peers that benches compare with.
 pub(crate) const PEERS: &[&str] = &["crun", "runc", "qemu-system-x86"];
-/// What tests look into our files with.
-pub(crate) const TESTS: &[&str] = &["erofs-utils"];
+/// What tests use besides.
+pub(crate) const TESTS: &[&str] = &["bsdutils", "curl", "erofs-utils", "tar"];
 
 /// Installs those of `wanted` that are missing.
 pub(crate) fn ensure(wanted: &[&str]) -> Result<()> {

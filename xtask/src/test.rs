@@ -115,14 +115,16 @@ fn run_in_lab(options: &lab::Options, binaries: &[Binary]) -> Result<()> {
 
 /// Builds the end-to-end tests and finds their binaries in what cargo says.
 fn end_to_end_binaries() -> Result<Vec<Binary>> {
+    let mut binaries = test_binaries(&["--package", "coracle-tests"])?;
+    binaries.extend(test_binaries(&["--package", "coracle-vmm", "--test", "lab_machine"])?);
+    binaries.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(binaries)
+}
+
+/// Builds tests, those that these words choose, and says where they are.
+fn test_binaries(which: &[&str]) -> Result<Vec<Binary>> {
     let mut command = guest::cargo();
-    command.args([
-        "test",
-        "--package",
-        "coracle-tests",
-        "--no-run",
-        "--message-format=json-render-diagnostics",
-    ]);
+    command.arg("test").args(which).args(["--no-run", "--message-format=json-render-diagnostics"]);
     let output = command.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
     ensure!(output.status.success(), "`{}` failed: {}", shell::describe(&command), output.status);
     let mut binaries = Vec::new();
@@ -136,7 +138,6 @@ fn end_to_end_binaries() -> Result<Vec<Binary>> {
             binaries.push(Binary { name: name.to_owned(), path: path.into() });
         }
     }
-    binaries.sort_by(|one, other| one.name.cmp(&other.name));
     Ok(binaries)
 }
 
