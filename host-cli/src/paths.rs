@@ -50,6 +50,12 @@ impl Home {
         Ok(Self { root, socket })
     }
 
+    /// A home in a folder, for tests.
+    #[cfg(test)]
+    pub(crate) fn at(root: &Path) -> Self {
+        Self { root: root.to_owned(), socket: root.join("run/docker.sock") }
+    }
+
     /// The state directory.
     pub(crate) fn root(&self) -> &Path {
         &self.root

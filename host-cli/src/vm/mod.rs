@@ -11,6 +11,8 @@ mod guest;
 mod layers;
 mod machine;
 pub(crate) mod process;
+#[cfg(test)]
+mod tests;
 
 use std::{
     fs::File,
@@ -30,6 +32,8 @@ use tokio::{net::UnixStream, sync::watch};
 
 use crate::{failure::describe, paths::Home};
 pub(crate) use disk::size as disk_size;
+#[cfg(test)]
+use folder::BootRecord;
 pub(crate) use folder::Folder;
 pub(crate) use guest::Guest;
 
