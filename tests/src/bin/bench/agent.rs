@@ -88,6 +88,7 @@ impl Agent {
         let child = Command::new(&binary)
             .args(["--listen-unix".as_ref(), socket.as_os_str(), "--ready-unix".as_ref(), ready.as_os_str()])
             .args(["--data-dir".as_ref(), folder.join("data").as_os_str()])
+            .env("CORACLE_LOG", "warn")
             .stderr(Stdio::inherit())
             .spawn()
             .with_context(|| format!("cannot run {}", binary.display()))?;
