@@ -50,13 +50,13 @@ async fn links_never_lead_out_of_the_image() {
         image::fill_busybox(root);
         symlink(&secret, root.join("etc/hosts")).unwrap();
         symlink(outside_path, root.join("scratch")).unwrap();
-        symlink(format!("../../../..{outside_path}"), root.join("work")).unwrap();
+        symlink(format!("../../../..{outside_path}"), root.join("workdir")).unwrap();
         symlink(outside_path, root.join("hidden")).unwrap();
     });
     let mut spec = container(&[&image], shell("pwd -P; cat /etc/hosts; ls -d /scratch/; cat /hidden/secret"));
     spec.files = vec![InjectedFile { path: "/etc/hosts".to_owned(), contents: "injected\n".to_owned() }];
     spec.tmpfs = vec![TmpfsMount { path: "/scratch/deep".to_owned(), options: String::new() }];
-    spec.process.cwd = "/srv/made".to_owned();
+    spec.process.cwd = "/workdir/made".to_owned();
     spec.masked_paths = vec!["/hidden/masked".to_owned()];
     let output = agent.run(&spec).await.unwrap();
     assert_eq!(output.text(), format!("{outside_path}/made\ninjected\n/scratch/\ninjected\n"));
