@@ -8,6 +8,8 @@
 //! |---|---|---|
 //! | `GET /v1/state` | → [`AgentState`] | every process that the agent still knows, and what it mounted |
 //! | `POST /v1/containers/{id}/start` | [`ContainerSpec`] → [`Started`] | mounts the layers that are missing, starts the container's first process; the process has the container's id |
+//! | `POST /v1/containers/{id}/pause` | → 204 | freezes every process of a running container; the answer comes when all of them stand still |
+//! | `POST /v1/containers/{id}/unpause` | → 204 | lets them run on |
 //! | `DELETE /v1/containers/{id}` | → 204 | removes a stopped container's writable layer |
 //! | `POST /v1/containers/retain` | [`Retain`] → 204 | removes the writable layer of every container that is not named |
 //! | `DELETE /v1/layers/{diff_id}` | → 204 | unmounts a layer that no running container uses and gives its partition back |
@@ -34,7 +36,7 @@ pub use id::{DiffId, IdError, ProcessId};
 pub use types::*;
 
 /// Version of this API; both ends must have the same.
-pub const API_VERSION: u32 = 1;
+pub const API_VERSION: u32 = 2;
 /// Port on the host (vsock CID 2) that the agent dials when it is ready.
 pub const READY_PORT: u32 = 1024;
 /// Port in the guest on which the agent serves this API.

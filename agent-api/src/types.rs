@@ -252,6 +252,9 @@ pub struct ProcessState {
     pub started_unix_nanos: u64,
     /// How it ended, if it has.
     pub exit: Option<ExitStatus>,
+    /// Its container is paused; only a container's first process says so.
+    #[serde(default)]
+    pub paused: bool,
     /// Sequence number of the newest frame that was acknowledged.
     pub acknowledged: u64,
 }

@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use coracle_agent_api::{AgentState, DiffId, ErrorKind, ExitStatus, ProcessId, Retain};
+use coracle_agent_api::{AgentState, DiffId, ErrorKind, ExitStatus, ProcessId, ProcessState, Retain};
 use tokio::sync::{Notify, watch};
 
 use crate::cgroup::Cgroups;
 use crate::clock;
-use crate::containers::{Containers, Holdings};
-use crate::error::{AtStep, Result, conflict, from_io};
+use crate::containers::{Container, Containers, Holdings};
+use crate::error::{AtStep, Result, conflict, from_io, not_found};
 use crate::fork_server::ForkServer;
 use crate::layers::Layers;
 use crate::processes::{self, Process, Registry};
@@ -82,7 +82,14 @@ impl Agent {
 
     /// `GET /v1/state`.
     pub(crate) fn state(&self) -> AgentState {
-        let processes = self.processes.all().iter().map(|process| process.state()).collect();
+        let paused = |id: &ProcessId| {
+            self.containers.running(id).is_some_and(|container| container.cgroup.is_frozen())
+        };
+        let state = |process: &Arc<Process>| ProcessState {
+            paused: process.id == process.container && paused(&process.id),
+            ..process.state()
+        };
+        let processes = self.processes.all().iter().map(state).collect();
         AgentState { processes, layers: self.layers.list() }
     }
 
@@ -138,6 +145,26 @@ impl Agent {
             self.remove_container(id).await?;
         }
         Ok(())
+    }
+
+    /// A container that runs.
+    pub(crate) fn running(&self, id: &ProcessId) -> Result<Arc<Container>> {
+        if let Some(container) = self.containers.running(id) {
+            return Ok(container);
+        }
+        let short = id.short();
+        Err(match self.processes.get(id) {
+            Ok(_) => conflict(format!("container {short} is not running")),
+            Err(error) if error.kind == ErrorKind::Conflict => error,
+            Err(_) => not_found(format!("there is no container {short}")),
+        })
+    }
+
+    /// Freezes a container's processes, or lets them run on.
+    pub(crate) async fn pause(&self, id: &ProcessId, pause: bool) -> Result<()> {
+        let container = self.running(id)?;
+        let what = if pause { "pause the container" } else { "unpause the container" };
+        blocking(move || container.cgroup.freeze(pause).at_kind(ErrorKind::Internal, what)).await
     }
 
     /// Asks for the end; [`Agent::stop`] follows.

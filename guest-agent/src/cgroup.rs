@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use coracle_agent_api::{ApiError, ErrorKind, ProcessId, Resources};
 use rustix::event::{PollFd, PollFlags};
@@ -12,6 +13,8 @@ use rustix::fs::{CWD, Mode, OFlags};
 
 use crate::error::{AtStep, Result, invalid};
 
+/// How long processes may take to stand still: one that waits for a disk does so only when the disk has answered.
+const FREEZE_TIME: Duration = Duration::from_secs(10);
 const WANTED: [&str; 5] = ["cpu", "memory", "pids", "io", "cpuset"];
 
 /// The parent of all containers' groups.
@@ -156,6 +159,24 @@ impl Cgroup {
         value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
     }
 
+    /// Whether it was asked to stand still.
+    pub(crate) fn is_frozen(&self) -> bool {
+        std::fs::read_to_string(self.path.join("cgroup.freeze")).is_ok_and(|text| text.trim() == "1")
+    }
+
+    /// Freezes every process in it, or lets them run on, and waits until that is so. Blocks.
+    pub(crate) fn freeze(&self, freeze: bool) -> io::Result<()> {
+        let state = |freeze| if freeze { "1" } else { "0" };
+        std::fs::write(self.path.join("cgroup.freeze"), state(freeze))?;
+        let wanted = if freeze { "frozen 1" } else { "frozen 0" };
+        let result = wait_for_event(&self.path, wanted, Some(FREEZE_TIME));
+        if result.is_err() {
+            // Half frozen is no state.
+            let _ = std::fs::write(self.path.join("cgroup.freeze"), state(false));
+        }
+        result
+    }
+
     /// Kills what is left in it, waits until it is empty, and removes it. Blocks.
     pub(crate) fn remove(&self) -> io::Result<()> {
         match std::fs::remove_dir(&self.path) {
@@ -170,17 +191,26 @@ impl Cgroup {
 
 /// Waits for the kernel's notification that no process is left.
 fn wait_until_empty(group: &Path) -> io::Result<()> {
+    wait_for_event(group, "populated 0", None)
+}
+
+/// Waits for a line of `cgroup.events`; the kernel tells when the file changes.
+fn wait_for_event(group: &Path, wanted: &str, limit: Option<Duration>) -> io::Result<()> {
     use std::io::{Read, Seek};
+    let deadline = limit.map(|limit| Instant::now() + limit);
     let mut events = std::fs::File::open(group.join("cgroup.events"))?;
     loop {
         let mut text = String::new();
         events.rewind()?;
         events.read_to_string(&mut text)?;
-        if text.lines().any(|line| line == "populated 0") {
+        if text.lines().any(|line| line == wanted) {
             return Ok(());
         }
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = left.and_then(|left| left.try_into().ok());
         let mut fds = [PollFd::new(&events, PollFlags::PRI)];
-        match rustix::event::poll(&mut fds, None) {
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }

@@ -89,6 +89,13 @@ impl Agent {
         self.post(&format!("/v1/containers/{id}/start"), spec, START_TIME).await
     }
 
+    /// Freezes a container's processes, or lets them run on.
+    pub(crate) async fn pause(&self, id: &ProcessId, pause: bool) -> Result<(), AgentError> {
+        let what = if pause { "pause" } else { "unpause" };
+        let path = format!("/v1/containers/{id}/{what}");
+        self.call(Method::POST, &path, Bytes::new(), CALL_TIME).await.map(drop)
+    }
+
     pub(crate) async fn remove_container(&self, id: &ProcessId) -> Result<(), AgentError> {
         self.delete(&format!("/v1/containers/{id}")).await
     }

@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 
 use super::logs::Shown;
 use crate::{
+    container::state::Status,
     error::{Error, Result, chain},
     http::{
         Request, Response, body,
@@ -140,6 +141,12 @@ async fn pass(input: &mpsc::Sender<Input>, bytes: Bytes) -> bool {
 pub(crate) fn attach(mut request: Request, id: &str) -> Result<Response> {
     let container = request.core.containers.find(id)?;
     let record = container.record();
+    if record.state.status == Status::Paused {
+        return Err(Error::conflict(format!(
+            "container {} is paused, unpause the container before attach",
+            record.id
+        )));
+    }
     let tty = record.config.tty;
     let framing = Framing::of(tty);
     let query = &request.query;

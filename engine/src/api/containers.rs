@@ -72,6 +72,18 @@ pub(crate) async fn kill(request: &Request, id: &str) -> Result<Response> {
     Ok(body::empty(StatusCode::NO_CONTENT))
 }
 
+pub(crate) async fn pause(request: &Request, id: &str) -> Result<Response> {
+    let container = request.core.containers.find(id)?;
+    to_its_end(&request.core, async move { container.pause().await }).await?;
+    Ok(body::empty(StatusCode::NO_CONTENT))
+}
+
+pub(crate) async fn unpause(request: &Request, id: &str) -> Result<Response> {
+    let container = request.core.containers.find(id)?;
+    to_its_end(&request.core, async move { container.unpause().await }).await?;
+    Ok(body::empty(StatusCode::NO_CONTENT))
+}
+
 pub(crate) async fn rename(request: &Request, id: &str) -> Result<Response> {
     let container = request.core.containers.find(id)?;
     let name =
@@ -167,7 +179,7 @@ fn state(record: &Record) -> Value {
     json!({
         "Status": state.status.name(),
         "Running": state.status.is_running(),
-        "Paused": false,
+        "Paused": state.status == Status::Paused,
         "Restarting": false,
         "OOMKilled": state.oom_killed,
         "Dead": state.status == Status::Dead,

@@ -10,7 +10,7 @@ use super::{attach::Session, containers::terminal_size, to_its_end};
 use crate::{
     container::options,
     error::{Error, Result},
-    exec::{Exec, ExecConfig, not_running},
+    exec::{Exec, ExecConfig, check_container},
     http::{
         Request, Response, body,
         detach::DetachKeys,
@@ -33,10 +33,7 @@ pub(crate) async fn create(mut request: Request, id: &str) -> Result<Response> {
     let config = ExecConfig::parse(&request.read_body().await?)?;
     let keys = &config.detach_keys;
     DetachKeys::parse((!keys.is_empty()).then_some(keys.as_str()))?;
-    let record = container.record();
-    if !record.state.status.is_running() {
-        return Err(not_running(&record));
-    }
+    check_container(&container.record())?;
     let exec = request.core.execs.create(&container, config)?;
     Ok(body::json(StatusCode::CREATED, &json!({ "Id": exec.id.as_str() })))
 }
@@ -46,10 +43,7 @@ pub(crate) async fn start(mut request: Request, id: &str) -> Result<Response> {
     let body = request.read_body().await?;
     let options: StartOptions =
         if body.is_empty() { StartOptions::default() } else { options::typed(options::object(&body)?)? };
-    let record = exec.container.record();
-    if !record.state.status.is_running() {
-        return Err(not_running(&record));
-    }
+    check_container(&exec.container.record())?;
     if exec.state().begun {
         return Err(Error::conflict(format!("exec command {} is already running or has run", exec.id)));
     }

@@ -77,8 +77,9 @@ pub(crate) async fn info(request: &Request) -> Result<Response> {
     let core = &request.core;
     let count_images = images(core, |images| images.list().map(|list| list.len())).await?;
     let all = core.containers.all();
-    let running = all.iter().filter(|container| container.is_running()).count();
-    let stopped = all.iter().filter(|container| container.record().state.status != Status::Running).count();
+    let statuses: Vec<Status> = all.iter().map(|container| container.record().state.status).collect();
+    let count = |wanted: Status| statuses.iter().filter(|status| **status == wanted).count();
+    let (running, paused) = (count(Status::Running), count(Status::Paused));
     let uname = rustix::system::uname();
     let memory = rustix::system::sysinfo();
     let total = u64::from(memory.mem_unit).saturating_mul(memory.totalram);
@@ -88,8 +89,8 @@ pub(crate) async fn info(request: &Request) -> Result<Response> {
         "Name": uname.nodename().to_string_lossy(),
         "Containers": all.len(),
         "ContainersRunning": running,
-        "ContainersPaused": 0,
-        "ContainersStopped": stopped,
+        "ContainersPaused": paused,
+        "ContainersStopped": all.len() - running - paused,
         "Images": count_images,
         "Driver": "erofs",
         "DriverStatus": [["Layers", "one EROFS image each, under overlay"]],

@@ -18,7 +18,7 @@ use super::{
     Container,
     record::Record,
     spec,
-    state::{Change, Told},
+    state::{Change, Status, Told},
 };
 use crate::{
     agent::AgentError,
@@ -41,6 +41,12 @@ pub(crate) enum Message {
     },
     Signal {
         signal: u8,
+        answer: oneshot::Sender<Result<()>>,
+    },
+    Pause {
+        answer: oneshot::Sender<Result<()>>,
+    },
+    Unpause {
         answer: oneshot::Sender<Result<()>>,
     },
     Rename {
@@ -113,6 +119,8 @@ impl Actor {
         match message {
             Message::Start { asked, answer } => drop(answer.send(self.start(asked).await)),
             Message::Signal { signal, answer } => drop(answer.send(self.signal(signal).await)),
+            Message::Pause { answer } => drop(answer.send(self.pause().await)),
+            Message::Unpause { answer } => drop(answer.send(self.unpause().await)),
             Message::Rename { name, answer } => drop(answer.send(self.rename(&name).await)),
             Message::Remove { answer } => drop(answer.send(self.remove().await)),
             Message::Resume { process, done } => {
@@ -134,6 +142,9 @@ impl Actor {
 
     async fn start(&mut self, asked: Instant) -> Result<()> {
         let status = self.record.state.status;
+        if status == Status::Paused {
+            return Err(Error::conflict("cannot start a paused container, try unpause instead"));
+        }
         if status.is_running() {
             return Err(Error::not_modified());
         }
@@ -276,7 +287,52 @@ impl Actor {
         }
         self.host().agent().signal(&self.record.id, signal).await?;
         self.tell("kill", BTreeMap::from([("signal".to_owned(), signal.to_string())]));
+        // As in Docker, what is meant to end a container lets a paused one run on, so that it can.
+        let ends = match self.record.config.stop_signal.as_deref().filter(|text| !text.is_empty()) {
+            Some(_) => signal == super::signal::SIGKILL || signal == self.record.stop_signal(),
+            None => true,
+        };
+        if ends && self.record.state.status == Status::Paused {
+            self.thaw().await?;
+        }
         Ok(())
+    }
+
+    async fn pause(&mut self) -> Result<()> {
+        let id = &self.record.id;
+        match self.record.state.status {
+            Status::Running => {}
+            Status::Paused => return Err(Error::conflict(format!("Container {id} is already paused"))),
+            _ => return Err(Error::conflict(format!("Container {id} is not running"))),
+        }
+        self.host()
+            .agent()
+            .pause(id, true)
+            .await
+            .map_err(|error| Error::from(error).context(format!("Cannot pause container {id}")))?;
+        if let Err(error) = self.apply(Change::Paused, BTreeMap::new()).await {
+            let _ = self.host().agent().pause(&self.record.id, false).await;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    async fn unpause(&mut self) -> Result<()> {
+        if self.record.state.status != Status::Paused {
+            return Err(Error::conflict(format!("Container {} is not paused", self.record.id)));
+        }
+        self.thaw().await
+    }
+
+    async fn thaw(&mut self) -> Result<()> {
+        let id = &self.record.id;
+        match self.host().agent().pause(id, false).await {
+            // It has ended; that is told soon.
+            Err(error) if error.refusal() == Some(ErrorKind::Conflict) => return Ok(()),
+            result => result
+                .map_err(|error| Error::from(error).context(format!("Cannot unpause container {id}")))?,
+        }
+        self.apply(Change::Unpaused, BTreeMap::new()).await
     }
 
     async fn rename(&mut self, name: &str) -> Result<()> {
@@ -293,6 +349,12 @@ impl Actor {
     }
 
     async fn remove(&mut self) -> Result<()> {
+        if self.record.state.status == Status::Paused {
+            return Err(Error::conflict(format!(
+                "cannot remove container \"{}\": container is paused and must be unpaused first",
+                self.record.name
+            )));
+        }
         if self.record.state.status.is_running() {
             let name = &self.record.name;
             return Err(Error::conflict(format!(
@@ -348,6 +410,18 @@ impl Actor {
                 tracing::error!(%error, "cannot take over a container that runs");
                 return;
             }
+        }
+        // An earlier daemon may have ended between what the agent did and what it wrote down.
+        let paused = process.exit.is_none().then_some(process.paused);
+        let change = match (self.record.state.status, paused) {
+            (Status::Running, Some(true)) => Some(Change::Paused),
+            (Status::Paused, Some(false)) => Some(Change::Unpaused),
+            _ => None,
+        };
+        if let Some(change) = change
+            && let Err(error) = self.apply(change, BTreeMap::new()).await
+        {
+            tracing::error!(%error, "cannot write down whether a container is paused");
         }
         if let Some(log) = self.container.log()
             && let Err(error) = log.begin(Some(at))
@@ -429,6 +503,8 @@ impl Actor {
     fn tell_told(&self, told: Told, attributes: &BTreeMap<String, String>) {
         match told {
             Told::Start => self.tell("start", BTreeMap::new()),
+            Told::Pause => self.tell("pause", BTreeMap::new()),
+            Told::Unpause => self.tell("unpause", BTreeMap::new()),
             Told::Oom => self.tell("oom", BTreeMap::new()),
             Told::Die => {
                 let mut attributes = attributes.clone();

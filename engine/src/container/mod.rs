@@ -139,6 +139,16 @@ impl Container {
         self.ask(|answer| Message::Signal { signal, answer }).await
     }
 
+    /// Lets all its processes stand still.
+    pub(crate) async fn pause(&self) -> Result<()> {
+        self.ask(|answer| Message::Pause { answer }).await
+    }
+
+    /// Lets them run on.
+    pub(crate) async fn unpause(&self) -> Result<()> {
+        self.ask(|answer| Message::Unpause { answer }).await
+    }
+
     pub(crate) async fn rename(&self, name: String) -> Result<()> {
         self.ask(|answer| Message::Rename { name, answer }).await
     }

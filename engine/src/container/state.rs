@@ -1,9 +1,12 @@
 //! The life of a container, in one place.
 //!
 //! ```text
-//!  created ──start──▶ running ──exit, loss──▶ exited ──start──▶ running …
-//!     │                                          │
-//!     └────────────remove──▶ removing ◀──remove──┘        (removing ──failure──▶ dead ──remove──▶ removing)
+//!                       paused
+//!                   pause ▲│ unpause
+//!                         │▼
+//!  created ──start──▶ running, paused ──exit, loss──▶ exited ──start──▶ running …
+//!     │                                                  │
+//!     └────────────remove──▶ removing ◀──remove──────────┘        (removing ──failure──▶ dead ──remove──▶ removing)
 //! ```
 //!
 //! Every change goes through [`State::apply`], which refuses what is not an arrow and names the events to tell.
@@ -22,6 +25,8 @@ const LOST_EXIT: i32 = 255;
 pub(crate) enum Status {
     Created,
     Running,
+    /// It runs, but all its processes stand still.
+    Paused,
     Exited,
     Removing,
     Dead,
@@ -33,14 +38,16 @@ impl Status {
         match self {
             Self::Created => "created",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Exited => "exited",
             Self::Removing => "removing",
             Self::Dead => "dead",
         }
     }
 
+    /// Whether it has processes; a paused one has.
     pub(crate) fn is_running(self) -> bool {
-        self == Self::Running
+        matches!(self, Self::Running | Self::Paused)
     }
 
     pub(crate) fn can_start(self) -> bool {
@@ -61,6 +68,10 @@ pub(crate) enum Change {
     StartFailed { exit_code: i32, error: String },
     /// Its first process has ended, and all its output is delivered.
     Exited(ExitStatus),
+    /// Its processes stand still.
+    Paused,
+    /// They run on.
+    Unpaused,
     /// Its sandbox or the knowledge of its end is gone.
     Lost { reason: String, at: UnixNanos },
     /// It is being removed.
@@ -73,6 +84,8 @@ pub(crate) enum Change {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Told {
     Start,
+    Pause,
+    Unpause,
     Oom,
     Die,
 }
@@ -122,6 +135,8 @@ impl State {
                 illegal("started")
             }
             Change::Exited(_) | Change::Lost { .. } if !self.status.is_running() => illegal("ended"),
+            Change::Paused if self.status != Status::Running => illegal("paused"),
+            Change::Unpaused if self.status != Status::Paused => illegal("unpaused"),
             Change::Removing if !self.status.can_remove() => illegal("removed"),
             Change::RemoveFailed { .. } if self.status != Status::Removing => illegal("given up"),
             Change::Started { pid, at } => {
@@ -141,6 +156,14 @@ impl State {
                 self.exit_code = exit_code;
                 self.error = error;
                 Ok(&[])
+            }
+            Change::Paused => {
+                self.status = Status::Paused;
+                Ok(&[Told::Pause])
+            }
+            Change::Unpaused => {
+                self.status = Status::Running;
+                Ok(&[Told::Unpause])
             }
             Change::Exited(status) => {
                 self.ended(i32::from(status.code), UnixNanos::from_u64(status.finished_unix_nanos));
@@ -183,7 +206,7 @@ mod tests {
         Change::Exited(ExitStatus { code, oom_killed, finished_unix_nanos: 7 })
     }
 
-    fn changes() -> [Change; 6] {
+    fn changes() -> [Change; 8] {
         [
             Change::Started { pid: 1, at: UnixNanos(1) },
             Change::StartFailed { exit_code: 127, error: "no".to_owned() },
@@ -191,6 +214,8 @@ mod tests {
             Change::Lost { reason: "gone".to_owned(), at: UnixNanos(2) },
             Change::Removing,
             Change::RemoveFailed { error: "busy".to_owned() },
+            Change::Paused,
+            Change::Unpaused,
         ]
     }
 
@@ -198,11 +223,12 @@ mod tests {
     fn only_the_arrows_of_the_diagram_are_legal() {
         use Status::*;
         let table = [
-            (Created, [Some(Running), Some(Created), None, None, Some(Removing), None]),
-            (Running, [None, None, Some(Exited), Some(Exited), None, None]),
-            (Exited, [Some(Running), Some(Exited), None, None, Some(Removing), None]),
-            (Removing, [None, None, None, None, None, Some(Dead)]),
-            (Dead, [None, None, None, None, Some(Removing), None]),
+            (Created, [Some(Running), Some(Created), None, None, Some(Removing), None, None, None]),
+            (Running, [None, None, Some(Exited), Some(Exited), None, None, Some(Paused), None]),
+            (Paused, [None, None, Some(Exited), Some(Exited), None, None, None, Some(Running)]),
+            (Exited, [Some(Running), Some(Exited), None, None, Some(Removing), None, None, None]),
+            (Removing, [None, None, None, None, None, Some(Dead), None, None]),
+            (Dead, [None, None, None, None, Some(Removing), None, None, None]),
         ];
         for (from, expected) in table {
             for (change, expected) in changes().into_iter().zip(expected) {
@@ -228,7 +254,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_running_container_has_a_pid_and_no_other_has(steps in proptest::collection::vec(0usize..6, 0..40)) {
+        fn a_running_container_has_a_pid_and_no_other_has(steps in proptest::collection::vec(0usize..8, 0..40)) {
             let mut state = State::created();
             for step in steps {
                 let _ = state.apply(changes()[step].clone());

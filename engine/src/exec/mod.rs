@@ -23,6 +23,7 @@ use crate::{
         options,
         record::{ContainerId, Record},
         refused, spec,
+        state::Status,
     },
     core::Core,
     error::{Error, Result},
@@ -159,9 +160,7 @@ impl Exec {
     /// Starts it. What it writes goes to those who are attached by now or later.
     pub(crate) async fn start(self: &Arc<Self>, core: &Arc<Core>, size: Option<[u32; 2]>) -> Result<()> {
         let record = self.container.record();
-        if !record.state.status.is_running() {
-            return Err(not_running(&record));
-        }
+        check_container(&record)?;
         self.claim()?;
         let host = core.sandboxes.get(&record.sandbox);
         let spec = self.spec(&record, size).inspect_err(|_| self.ended(core, 126))?;
@@ -286,6 +285,18 @@ impl Exec {
             format!("{action}: {}", self.config.cmd.join(" "))
         };
         core.events.container(&action, record.id.as_str(), &record.config.image, attributes);
+    }
+}
+
+/// Whether a process can be started in a container.
+pub(crate) fn check_container(record: &Record) -> Result<()> {
+    match record.state.status {
+        Status::Running => Ok(()),
+        Status::Paused => Err(Error::conflict(format!(
+            "Container {} is paused, unpause the container before exec",
+            record.id
+        ))),
+        _ => Err(not_running(record)),
     }
 }
 

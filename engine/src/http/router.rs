@@ -43,6 +43,8 @@ pub(super) async fn route(request: Request) -> Result<Response> {
         ("POST", ["containers", id, "restart"]) => containers::restart(&request, id).await,
         ("POST", ["containers", id, "kill"]) => containers::kill(&request, id).await,
         ("POST", ["containers", id, "wait"]) => wait::wait(&request, id),
+        ("POST", ["containers", id, "pause"]) => containers::pause(&request, id).await,
+        ("POST", ["containers", id, "unpause"]) => containers::unpause(&request, id).await,
         ("POST", ["containers", id, "rename"]) => containers::rename(&request, id).await,
         ("POST", ["containers", id, "resize"]) => containers::resize(&request, id).await,
         ("GET", ["containers", id, "logs"]) => logs::logs(&request, id),
@@ -93,9 +95,6 @@ fn missing(method: &str, path: &[&str]) -> Error {
             "committing containers is not supported by Coracle yet: build an image elsewhere and use `docker load`"
         }
         ("POST", ["build", "prune"]) => "there is no build cache to prune in Coracle yet",
-        ("POST", ["containers", _, "pause" | "unpause"]) => {
-            "pausing containers is not supported by Coracle yet: use `docker stop`"
-        }
         ("POST", ["containers", _, "update"]) => {
             "changing limits of a container is not supported by Coracle yet: create it anew"
         }

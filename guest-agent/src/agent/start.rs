@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use super::{Agent, blocking};
 use crate::cgroup::Cgroup;
 use crate::containers::{Container, Holdings};
-use crate::error::{AtStep, Result, conflict, not_found};
+use crate::error::{AtStep, Result, conflict};
 use crate::fork_server::{NewContainer, Place, Report, Task, TaskFds};
 use crate::processes::spool::Spool;
 use crate::processes::{self, Process, Stdin, read_pipe, read_terminal, watch_fd};
@@ -123,14 +123,11 @@ impl Agent {
         since: u64,
     ) -> Result<Started> {
         check::process(&spec.process)?;
-        let Some(container) = self.containers.running(&spec.container) else {
-            let short = spec.container.short();
-            return Err(match self.processes.get(&spec.container) {
-                Ok(_) => conflict(format!("container {short} is not running")),
-                Err(error) if error.kind == ErrorKind::Conflict => error,
-                Err(_) => not_found(format!("there is no container {short}")),
-            });
-        };
+        let container = self.running(&spec.container)?;
+        if container.cgroup.is_frozen() {
+            // The new process would stand still before it could say anything.
+            return Err(conflict(format!("container {} is paused", container.id.short())));
+        }
         let reservation = self.processes.reserve(&id)?;
         let mut phases = Phases { since, phases: Vec::new() };
         let task = Task {

@@ -51,6 +51,11 @@ async fn route(
                 .await
                 .map(|started| json(&started))
         }
+        (&Method::POST, ["containers", id, what @ ("pause" | "unpause")]) => {
+            let (id, pause) = (parse(id)?, *what == "pause");
+            detached(async move { agent.pause(&id, pause).await }).await?;
+            Ok(done())
+        }
         (&Method::DELETE, ["containers", id]) => {
             let id = parse(id)?;
             detached(async move { agent.remove_container(&id).await }).await?;

@@ -52,6 +52,7 @@ impl Process {
             started_unix_nanos: self.started_unix_nanos,
             exit: self.exit.borrow().clone(),
             acknowledged: self.spool.acknowledged(),
+            paused: false,
         }
     }
 
