@@ -2,7 +2,6 @@
 //! hex digits), so it can be used as a file name without further checks; text that is anything else is refused.
 
 use std::fmt;
-use std::io::{self, Read};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -135,43 +134,22 @@ impl fmt::Debug for ImageId {
     }
 }
 
-/// A reader that hashes and counts what is read through it.
-pub(crate) struct HashingReader<R> {
-    inner: R,
+/// Hashes and counts what it is given.
+#[derive(Default)]
+pub(crate) struct Hasher {
     hasher: Sha256,
     count: u64,
 }
 
-impl<R: Read> HashingReader<R> {
-    pub(crate) fn new(inner: R) -> Self {
-        Self { inner, hasher: Sha256::new(), count: 0 }
+impl Hasher {
+    pub(crate) fn update(&mut self, bytes: &[u8]) {
+        self.hasher.update(bytes);
+        self.count += bytes.len() as u64;
     }
 
-    /// Reads what is left, so that the digest covers the whole stream.
-    pub(crate) fn drain(&mut self) -> io::Result<()> {
-        let mut buffer = vec![0; 64 * 1024];
-        loop {
-            match self.read(&mut buffer) {
-                Ok(0) => return Ok(()),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// The digest of what was read, and its length.
+    /// The digest of it all, and its length.
     pub(crate) fn finish(self) -> (Digest, u64) {
         (Digest(self.hasher.finalize().into()), self.count)
-    }
-}
-
-impl<R: Read> Read for HashingReader<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..read]);
-        self.count += read as u64;
-        Ok(read)
     }
 }
 
@@ -196,12 +174,5 @@ mod tests {
         ] {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn a_hashing_reader_hashes_what_passes() {
-        let mut reader = HashingReader::new(&b"hello"[..]);
-        reader.drain().unwrap();
-        assert_eq!(reader.finish(), (Digest::of(b"hello"), 5));
     }
 }

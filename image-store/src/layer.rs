@@ -1,13 +1,20 @@
 //! One layer: from its blob (a tar stream, plain, gzip or zstd) to its EROFS image, with both digests computed on the
 //! way: the blob's as it came, and the diff id over the whole uncompressed stream, padding after the end mark included.
 
-use std::io::{self, BufRead, BufReader, Cursor, Read, Seek, Write};
+use std::fs::File;
+use std::io::{self, BufRead, BufWriter, Cursor, Read, Write};
+use std::path::Path;
+use std::thread::{self, JoinHandle};
 
-use crate::digest::{Digest, HashingReader};
+use tempfile::NamedTempFile;
+
+use crate::digest::Digest;
+use crate::erofs::ImageOutput;
 use crate::erofs::convert::{self, ConvertError};
+use crate::pipeline::{self, StageReader};
+use crate::recipe::RecipeWriter;
 use crate::tarball::{self, TarError, TarStream};
 
-const BUFFER: usize = 64 * 1024;
 /// As much of a stream as is needed to tell what it is.
 pub(crate) const HEAD: usize = tarball::BLOCK;
 
@@ -33,7 +40,10 @@ impl Packing {
     }
 
     /// The unpacked stream. Memory is bounded by the format's window, whatever the stream says.
-    pub(crate) fn unpack<'a, R: BufRead + 'a>(self, reader: R) -> io::Result<Box<dyn Read + 'a>> {
+    pub(crate) fn unpack<'a, R: BufRead + Send + 'a>(
+        self,
+        reader: R,
+    ) -> io::Result<Box<dyn Read + Send + 'a>> {
         Ok(match self {
             Self::Plain => Box::new(reader),
             Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(reader)),
@@ -99,28 +109,75 @@ pub struct ConvertedLayer {
     pub blob_size: u64,
     /// Size of the EROFS image.
     pub image_size: u64,
+    /// Size of the recipe that leads from the image back to the tar stream.
+    pub recipe_size: u64,
 }
 
 /// Reads a blob to its end and writes the layer's EROFS image, of at most `max_size` bytes (holes included; never
-/// more than the 16 TiB that the format can address).
-pub fn convert_layer<R: Read, W: Write + Seek>(
-    blob: R,
-    out: W,
+/// more than the 16 TiB that the format can address), and the recipe by which [`LayerTar`](crate::LayerTar) gives the
+/// tar stream back. What has to wait for the image's end waits in a file in `scratch`.
+///
+/// Reading, unpacking and writing happen on a thread each, since hashing and unpacking take the longest.
+pub fn convert_layer<R: Read + Send, W: ImageOutput, P: Write>(
+    mut blob: R,
+    image: W,
+    recipe: P,
+    scratch: &Path,
     max_size: u64,
 ) -> Result<ConvertedLayer, LayerError> {
-    let mut blob = HashingReader::new(blob);
     let mut head = Vec::with_capacity(HEAD);
     (&mut blob).take(HEAD as u64).read_to_end(&mut head).map_err(LayerError::reading)?;
     let packing = Packing::detect(&head).ok_or(LayerError::Unrecognised)?;
-    let (image, diff_id) = {
-        let whole = BufReader::with_capacity(BUFFER, Cursor::new(&head).chain(&mut blob));
-        let mut diff = HashingReader::new(packing.unpack(whole).map_err(LayerError::reading)?);
-        let mut tar = TarStream::new(&mut diff);
-        let image = convert::convert(&mut tar, out, max_size).map_err(LayerError::converting)?;
-        tar.get_mut().drain().map_err(LayerError::reading)?;
-        (image, diff.finish().0)
+    let convert = |stream: StageReader| {
+        let recipe = RecipeWriter::new(recipe).map_err(ConvertError::writing)?;
+        convert::convert(TarStream::with_witness(stream, recipe), image, scratch, max_size)
     };
-    blob.drain().map_err(LayerError::reading)?;
-    let (blob, blob_size) = blob.finish();
-    Ok(ConvertedLayer { diff_id, blob, blob_size, image_size: image.size })
+    thread::scope(|scope| {
+        let (stream, blob_stage) = pipeline::stage(scope, Cursor::new(head).chain(blob));
+        let (stream, diff_stage) = match packing {
+            // One digest serves for both.
+            Packing::Plain => (stream, None),
+            _ => {
+                let unpacked = packing.unpack(stream).map_err(LayerError::reading)?;
+                let (stream, stage) = pipeline::stage(scope, unpacked);
+                (stream, Some(stage))
+            }
+        };
+        let image = convert(stream).map_err(LayerError::converting)?;
+        let diff = diff_stage.map(pipeline::Stage::finish);
+        let (blob, blob_size) = blob_stage.finish();
+        let diff_id = diff.map_or(blob, |(diff_id, _)| diff_id);
+        let recipe_size = image.recipe.size;
+        Ok(ConvertedLayer { diff_id, blob, blob_size, image_size: image.size, recipe_size })
+    })
+}
+
+/// A converted layer in temporary files, which are deleted when this is dropped.
+#[derive(Debug)]
+pub(crate) struct NewLayer {
+    pub(crate) converted: ConvertedLayer,
+    image: NamedTempFile,
+    recipe: NamedTempFile,
+    /// Makes the files durable while others are read.
+    sync: JoinHandle<io::Result<()>>,
+}
+
+impl NewLayer {
+    /// Reads a blob to its end and converts it into files in `scratch`.
+    pub(crate) fn convert(blob: impl Read + Send, scratch: &Path, max_size: u64) -> Result<Self, LayerError> {
+        let local = |source| LayerError::Convert(ConvertError::writing(source));
+        let new = |prefix| tempfile::Builder::new().prefix(prefix).tempfile_in(scratch).map_err(local);
+        let (image, recipe) = (new("layer-")?, new("recipe-")?);
+        let recipe_out = BufWriter::new(recipe.as_file());
+        let converted = convert_layer(blob, image.as_file(), recipe_out, scratch, max_size)?;
+        let files = [image.as_file(), recipe.as_file()].map(File::try_clone);
+        let sync = thread::spawn(move || files.into_iter().try_for_each(|file| file?.sync_all()));
+        Ok(Self { converted, image, recipe, sync })
+    }
+
+    /// The image and the recipe, durable, to be renamed.
+    pub(crate) fn into_files(self) -> io::Result<(NamedTempFile, NamedTempFile)> {
+        self.sync.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok((self.image, self.recipe))
+    }
 }

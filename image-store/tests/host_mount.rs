@@ -162,14 +162,9 @@ fn make_tree(root: &Path) {
 
 fn image_of(tar: &[u8], path: &Path) {
     let image = File::create_new(path).unwrap();
-    convert_layer(tar, &image, MAX).unwrap();
-    // Debian's EROFS tools check it too, where they are installed.
-    match Command::new("fsck.erofs").arg(path).output() {
-        Ok(output) => {
-            assert!(output.status.success(), "fsck.erofs: {}", String::from_utf8_lossy(&output.stderr))
-        }
-        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound),
-    }
+    convert_layer(tar, &image, std::io::sink(), &std::env::temp_dir(), MAX).unwrap();
+    // Debian's erofs-utils check it too; `cargo xtask test` installs them.
+    run(Command::new("fsck.erofs").arg(path));
 }
 
 #[test]

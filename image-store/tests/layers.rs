@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Tar, chain, convert, gzip, refusal, tree_of, zstd};
+use common::{Tar, chain, convert, gzip, make, refusal, tree_of, zstd};
 use coracle_image_store::{Digest, LayerError};
 use tar::EntryType;
 
@@ -218,6 +218,81 @@ fn the_diff_id_covers_what_follows_the_end_mark() {
     let tar = [Tar::new().file("a", b"1").finish(), vec![0; 8192], b"junk".to_vec()].concat();
     assert_eq!(convert(&tar).unwrap().0.diff_id, Digest::of(&tar));
     assert_eq!(convert(&gzip(&tar)).unwrap().0.diff_id, Digest::of(&tar));
+}
+
+#[test]
+fn the_tar_stream_comes_back_byte_for_byte() {
+    let ignored = vec![b'i'; 200_000];
+    let tar = Tar::new()
+        .dir("d")
+        .pax(&[("SCHILY.xattr.user.a", b"1"), ("mtime", b"1.5"), ("comment", b"nobody reads this")])
+        .file("short", b"behind its inode")
+        .file("one-block", &[1; 4096])
+        .file("blocks-and-end", &[2; 9000])
+        .file("block-for-the-end", &[3; 7000])
+        .file("twin", &[2; 9000])
+        .file("replaced", b"lost")
+        .file("replaced", &[4; 5000])
+        .file("replaced", b"kept")
+        .file("replaced-later", &[5; 100])
+        .dir("replaced-later")
+        .file(".wh.gone", &ignored)
+        .file(".wh..wh.plnk", &ignored)
+        .hard_link("link", "short")
+        .symlink("symlink", "short")
+        .finish();
+    let tar = [tar, vec![0; 3000], b"junk behind the end mark".to_vec()].concat();
+    let made = make(&gzip(&tar)).unwrap();
+    assert!(made.tar().unwrap() == tar);
+    assert!(made.recipe.len() < 1000, "{} bytes", made.recipe.len());
+
+    let mut damaged = make(&tar).unwrap();
+    let place = damaged.image.windows(4).position(|bytes| bytes == [3; 4]).unwrap();
+    damaged.image[place] ^= 1;
+    assert_eq!(damaged.tar().unwrap_err().kind(), std::io::ErrorKind::InvalidData);
+    let mut cut = make(&tar).unwrap();
+    cut.recipe.pop();
+    assert!(cut.tar().is_err());
+}
+
+#[test]
+fn files_of_equal_content_share_their_blocks_and_short_ones_need_none() {
+    let content: Vec<u8> = (0..500_000u32).map(|n| (n % 7919 * (n % 251)) as u8).collect();
+    let size = |tar: Tar| make(&tar.finish()).unwrap().image.len();
+    let one = size(Tar::new().file("a", &content));
+    let many = (0..50).fold(Tar::new(), |tar, n| tar.file(&format!("{n}"), &content));
+    let tree = tree_of(&many.finish());
+    assert!(tree.values().filter(|seen| !seen.content.is_empty()).all(|seen| seen.content == content));
+    let many = (0..50).fold(Tar::new(), |tar, n| tar.file(&format!("{n}"), &content));
+    assert!(size(many) <= one + 50 * 400, "only the ends behind the inodes are there fifty times");
+    // One byte makes the difference, and what comes after a shared file is not disturbed by it.
+    let mut other = content.clone();
+    other[400_000] ^= 1;
+    let tar = Tar::new().file("a", &content).file("b", &content).file("c", &other).file("d", &other);
+    let tree = tree_of(&tar.finish());
+    assert!(tree["b"].content == content && tree["c"].content == other && tree["d"].content == other);
+
+    let short =
+        (0..1000).fold(Tar::new(), |tar, n| tar.file(&format!("{n}"), format!("{n:0100}").as_bytes()));
+    assert!(size(short) < 1000 * 250, "a block each would be four million bytes");
+}
+
+#[test]
+fn holes_behind_shared_content_are_holes() {
+    let content = vec![0xaa; 300_000];
+    let mut sparse = Tar::header(EntryType::GNUSparse, 0o644);
+    {
+        let gnu = sparse.as_gnu_mut().unwrap();
+        gnu.set_real_size(400_000);
+        gnu.sparse[0].set_offset(200_000);
+        gnu.sparse[0].set_length(3);
+    }
+    let tar = Tar::new().file("a", &content).file("b", &content).add(sparse, "sparse", b"end").finish();
+    let tree = tree_of(&tar);
+    let mut expected = vec![0; 400_000];
+    expected[200_000..200_003].copy_from_slice(b"end");
+    assert!(tree["sparse"].content == expected);
+    assert!(make(&tar).unwrap().tar().unwrap() == tar);
 }
 
 #[test]

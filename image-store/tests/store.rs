@@ -10,7 +10,7 @@ use std::path::Path;
 
 use common::{Layout, Tar, chain, config_for, docker_archive, gzip, walk, zstd};
 use coracle_image_store::{
-    Error, ErrorKind, Image, ImageId, ImageStore, Loaded, Platform, Reference, Removal,
+    Digest, Error, ErrorKind, Image, ImageId, ImageStore, Loaded, Platform, Reference, Removal,
 };
 use tempfile::TempDir;
 
@@ -113,7 +113,7 @@ fn images_of_one_store_share_layers_and_survive_a_restart() {
     let store = Store::new();
     store.load(&busybox());
     store.load(&gzip(&app()));
-    assert_eq!(store.files().iter().filter(|file| file.starts_with("layers/")).count(), 2);
+    assert_eq!(store.files().iter().filter(|file| file.ends_with(".erofs")).count(), 2);
     let before = store.image("app:v2");
     let store = store.reopen();
     let image = store.image("app:v1");
@@ -487,7 +487,38 @@ fn loads_of_the_same_image_at_once_are_safe() {
     store.load(&archive);
     let image = store.image("app:v1");
     assert!(image.layers.iter().all(|layer| layer.open_layer().is_ok()));
-    assert_eq!(store.files().len(), 3);
+    let files = store.files();
+    let count = |start: &str| files.iter().filter(|file| file.starts_with(start)).count();
+    assert_eq!((count("layers/"), count("blobs/"), count("tmp/")), (4, 1, 0));
+}
+
+#[test]
+fn a_layers_tar_stream_comes_back_from_the_store() {
+    let store = Store::new();
+    store.load(&gzip(&app()));
+    for layer in store.image("app:v1").layers {
+        let mut tar = store.store.layer_tar(&layer.diff_id).unwrap();
+        let mut bytes = Vec::new();
+        tar.read_to_end(&mut bytes).unwrap();
+        assert_eq!((Digest::of(&bytes), bytes.len() as u64), (layer.diff_id, tar.length()));
+    }
+    let unknown = store.store.layer_tar(&Digest::of(b"")).unwrap_err();
+    assert_eq!(unknown.kind(), ErrorKind::Internal);
+}
+
+#[test]
+fn a_layer_of_an_early_version_runs_and_gets_its_tar_stream_by_the_next_load() {
+    let store = Store::new();
+    store.load(&busybox());
+    let layer = store.image("busybox").layers.remove(0);
+    fs::remove_file(layer.path.with_extension("recipe")).unwrap();
+    let store = store.reopen();
+    assert!(layer.open_layer().is_ok());
+    assert!(
+        chain(&store.store.layer_tar(&layer.diff_id).unwrap_err()).contains("load or pull its image again")
+    );
+    store.load(&busybox());
+    assert!(store.store.layer_tar(&layer.diff_id).is_ok());
 }
 
 #[test]

@@ -1,10 +1,11 @@
-//! Any bytes as a layer: conversion must end in an image that reads back without error, or in an error.
+//! Any bytes as a layer: conversion must end in an error, or in an image that reads back without error and in a recipe
+//! that gives the stream back.
 #![no_main]
 
 use std::collections::BTreeSet;
 use std::io::Cursor;
 
-use coracle_image_store::convert_layer;
+use coracle_image_store::{LayerTar, convert_layer};
 use coracle_image_store::erofs::reader::ErofsReader;
 use libfuzzer_sys::fuzz_target;
 
@@ -15,8 +16,15 @@ fuzz_target!(|blob: &[u8]| {
     let mut blob = blob.to_vec();
     blob.chunks_exact_mut(512).for_each(correct_checksum);
     let mut image = Cursor::new(Vec::new());
-    let Ok(converted) = convert_layer(blob.as_slice(), &mut image, MAX_IMAGE) else { return };
+    let mut recipe = Vec::new();
+    let converted =
+        convert_layer(blob.as_slice(), &mut image, &mut recipe, &std::env::temp_dir(), MAX_IMAGE);
+    let Ok(converted) = converted else { return };
     assert_eq!(converted.image_size, image.get_ref().len() as u64);
+    let open = || Cursor::new(recipe.as_slice());
+    let tar = LayerTar::open(open(), open(), Cursor::new(image.get_ref()), converted.diff_id);
+    let tar = tar.and_then(|mut tar| std::io::copy(&mut tar, &mut std::io::sink()));
+    tar.expect("the tar stream comes back with the right digest");
     let mut reader = ErofsReader::open(image).expect("our own image opens");
     let mut seen = BTreeSet::new();
     let mut pending = vec![reader.root()];

@@ -18,7 +18,7 @@ use crate::reference::{InvalidReference, Reference};
 use crate::tarball::TarError;
 
 pub use scan::LoadProgress;
-pub(crate) use scan::{Scan, ScannedLayer, scan};
+pub(crate) use scan::{Scan, scan};
 
 /// Why an archive cannot be loaded.
 #[derive(Debug, thiserror::Error)]

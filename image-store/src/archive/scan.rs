@@ -5,11 +5,9 @@ use std::collections::HashMap;
 use std::io::{BufReader, Cursor, Read};
 use std::path::Path;
 
-use tempfile::NamedTempFile;
-
 use super::{ArchiveError, check_digest};
 use crate::digest::Digest;
-use crate::layer::{self, ConvertedLayer, LayerError, Packing};
+use crate::layer::{self, ConvertedLayer, LayerError, NewLayer, Packing};
 use crate::tarball::{Entry, EntryKind, TarStream};
 
 const BUFFER: usize = 256 * 1024;
@@ -32,13 +30,6 @@ pub struct LoadProgress {
     pub total: u64,
 }
 
-/// A converted layer in a temporary file, which is deleted when this is dropped.
-#[derive(Debug)]
-pub(crate) struct ScannedLayer {
-    pub(crate) converted: ConvertedLayer,
-    pub(crate) file: NamedTempFile,
-}
-
 enum Item {
     Json(Vec<u8>),
     Layer(ConvertedLayer),
@@ -51,16 +42,16 @@ enum Item {
 #[derive(Default)]
 pub(crate) struct Scan {
     items: HashMap<String, Item>,
-    layers: HashMap<Digest, ScannedLayer>,
+    layers: HashMap<Digest, NewLayer>,
     json_bytes: u64,
 }
 
 /// Reads the archive to its end. Layers go to temporary files in `scratch`.
 pub(crate) fn scan(
-    archive: impl Read,
+    archive: impl Read + Send,
     scratch: &Path,
     max_layer: u64,
-    progress: &mut dyn FnMut(LoadProgress),
+    progress: &mut (dyn FnMut(LoadProgress) + Send),
 ) -> Result<Scan, ArchiveError> {
     let mut archive = BufReader::with_capacity(BUFFER, archive);
     let mut head = Vec::with_capacity(layer::HEAD);
@@ -73,18 +64,18 @@ pub(crate) fn scan(
         scan.add(&mut tar, entry, scratch, max_layer, progress)?;
     }
     // The rest matters too: a packed stream's checksum stands at its end, and the sender wants to send it all.
-    std::io::copy(tar.get_mut(), &mut std::io::sink()).map_err(ArchiveError::reading)?;
+    tar.drain()?;
     Ok(scan)
 }
 
 impl Scan {
-    fn add<R: Read>(
+    fn add<R: Read + Send>(
         &mut self,
         tar: &mut TarStream<R>,
         entry: Entry,
         scratch: &Path,
         max_layer: u64,
-        progress: &mut dyn FnMut(LoadProgress),
+        progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<(), ArchiveError> {
         let path = normalise(&entry.path)?;
         let item = match entry.kind {
@@ -106,14 +97,14 @@ impl Scan {
         Ok(())
     }
 
-    fn regular<R: Read>(
+    fn regular<R: Read + Send>(
         &mut self,
         tar: &mut TarStream<R>,
         path: &str,
         size: u64,
         scratch: &Path,
         max_layer: u64,
-        progress: &mut dyn FnMut(LoadProgress),
+        progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Item, ArchiveError> {
         let mut head = Vec::with_capacity(layer::HEAD);
         (&mut *tar).take(layer::HEAD as u64).read_to_end(&mut head).map_err(ArchiveError::reading)?;
@@ -136,18 +127,13 @@ impl Scan {
 
     fn layer(
         &mut self,
-        blob: impl Read,
+        blob: impl Read + Send,
         path: &str,
         total: u64,
         scratch: &Path,
         max_layer: u64,
-        progress: &mut dyn FnMut(LoadProgress),
+        progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Item, ArchiveError> {
-        let local = |source| ArchiveError::Layer {
-            name: path.to_owned(),
-            source: LayerError::Convert(crate::erofs::ConvertError::writing(source)),
-        };
-        let file = tempfile::Builder::new().prefix("layer-").tempfile_in(scratch).map_err(local)?;
         let label = label(path);
         let blob = ProgressReader {
             inner: blob,
@@ -155,9 +141,10 @@ impl Scan {
             reported: None,
             report: |current| progress(LoadProgress { layer: label.clone(), current, total }),
         };
-        match layer::convert_layer(blob, file.as_file(), max_layer) {
-            Ok(converted) => {
-                self.layers.entry(converted.diff_id).or_insert(ScannedLayer { converted, file });
+        match NewLayer::convert(blob, scratch, max_layer) {
+            Ok(layer) => {
+                let converted = layer.converted;
+                self.layers.entry(converted.diff_id).or_insert(layer);
                 Ok(Item::Layer(converted))
             }
             Err(source) if source.is_local() => Err(ArchiveError::Layer { name: path.to_owned(), source }),
@@ -227,13 +214,8 @@ impl Scan {
         }
     }
 
-    /// Makes the converted layers durable, before they get their final names.
-    pub(crate) fn sync_layers(&self) -> std::io::Result<()> {
-        self.layers.values().try_for_each(|layer| layer.file.as_file().sync_all())
-    }
-
     /// The converted layers by diff id.
-    pub(crate) fn into_layers(self) -> HashMap<Digest, ScannedLayer> {
+    pub(crate) fn into_layers(self) -> HashMap<Digest, NewLayer> {
         self.layers
     }
 }

@@ -1,14 +1,16 @@
 //! From a layer's tar stream to its image: which entry becomes what. The stream is hostile; whatever it names stays
 //! inside the image, because nothing is ever made on the host's file system.
 
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Write};
+use std::path::Path;
 
 use super::format::{self, MODE_BLOCK, MODE_CHAR, MODE_FIFO};
 use super::path::{self, LayerPath};
 use super::tree::{Kind, Meta, Tree};
-use super::writer::{ImageStats, ImageWriter};
+use super::writer::{self, ImageOutput, ImageStats, ImageWriter};
 use super::xattr;
-use crate::tarball::{Entry, EntryKind, TarError, TarStream};
+use crate::recipe::RecipeWriter;
+use crate::tarball::{Entry, EntryKind, SparseMap, TarError, TarStream};
 
 /// Marks of AUFS in tar streams, which OCI took over.
 const WHITEOUT: &[u8] = b".wh.";
@@ -56,28 +58,38 @@ impl ConvertError {
     }
 }
 
-/// Reads the tar stream to its end mark and writes the image; `max_size` bounds the image, holes included.
-pub(crate) fn convert<R: Read, W: Write + Seek>(
-    tar: &mut TarStream<R>,
+/// Reads the tar stream to its end, writes the image, and completes the recipe to which the stream's headers pass;
+/// `max_size` bounds the image, holes included.
+pub(crate) fn convert<R: Read, P: Write, W: ImageOutput>(
+    mut tar: TarStream<R, RecipeWriter<P>>,
     out: W,
+    scratch: &Path,
     max_size: u64,
 ) -> Result<ImageStats, ConvertError> {
-    let mut converter =
-        Converter { tree: Tree::new(), image: ImageWriter::new(out, max_size)?, chunk: vec![0; CHUNK] };
+    let mut converter = Converter {
+        tree: Tree::new(),
+        image: ImageWriter::new(out, scratch, max_size)?,
+        chunk: vec![0; CHUNK],
+    };
     while let Some(mut entry) = tar.next_entry()? {
-        converter.add(tar, &mut entry)?;
+        converter.add(&mut tar, &mut entry)?;
     }
-    converter.image.finish(&mut converter.tree)
+    tar.drain()?;
+    converter.image.finish(&mut converter.tree, tar.into_witness())
 }
 
-struct Converter<W: Write + Seek> {
+struct Converter<W: ImageOutput> {
     tree: Tree,
     image: ImageWriter<W>,
     chunk: Vec<u8>,
 }
 
-impl<W: Write + Seek> Converter<W> {
-    fn add<R: Read>(&mut self, tar: &mut TarStream<R>, entry: &mut Entry) -> Result<(), ConvertError> {
+impl<W: ImageOutput> Converter<W> {
+    fn add<R: Read, P: Write>(
+        &mut self,
+        tar: &mut TarStream<R, RecipeWriter<P>>,
+        entry: &mut Entry,
+    ) -> Result<(), ConvertError> {
         let raw_path = std::mem::take(&mut entry.path);
         let refused = |reason: String| ConvertError::Entry { path: path::display(&raw_path), reason };
         let layer_path = LayerPath::parse(&raw_path).map_err(|reason| refused(reason.to_owned()))?;
@@ -113,7 +125,16 @@ impl<W: Write + Seek> Converter<W> {
                     refused(format!("{reason} (target `{}`)", path::display(&entry.link)))
                 });
             }
-            EntryKind::Regular => self.file_data(tar, entry)?,
+            EntryKind::Regular => {
+                let meta = meta(entry).map_err(refused)?;
+                let kind = self.file_data(tar, entry, meta.xattrs.len())?;
+                let tail = matches!(kind, Kind::File { tail: Some(_), .. });
+                let id = self.tree.put(parent, name, meta, kind).map_err(refused)?;
+                if tail {
+                    self.image.tail_belongs_to(id, entry.size);
+                }
+                return Ok(());
+            }
             EntryKind::Symlink => Kind::Symlink(symlink_target(&entry.link).map_err(refused)?),
             EntryKind::CharDevice => special(MODE_CHAR, entry.device).map_err(refused)?,
             EntryKind::BlockDevice => special(MODE_BLOCK, entry.device).map_err(refused)?,
@@ -137,26 +158,66 @@ impl<W: Write + Seek> Converter<W> {
         Ok(())
     }
 
-    /// Copies the entry's data into the image, with its holes.
-    fn file_data<R: Read>(&mut self, tar: &mut TarStream<R>, entry: &Entry) -> Result<Kind, ConvertError> {
-        let first_block = self.image.begin_file(entry.size)?;
-        match &entry.sparse {
-            None => self.copy(tar, entry.size)?,
-            Some(map) => {
-                let mut position = 0;
-                for (offset, length) in &map.ranges {
-                    self.image.hole(offset - position)?;
-                    self.copy(tar, *length)?;
-                    position = offset + length;
-                }
-                self.image.hole(map.real_size - position)?;
+    /// Copies the entry's data into the image, and its place there into the recipe.
+    fn file_data<R: Read, P: Write>(
+        &mut self,
+        tar: &mut TarStream<R, RecipeWriter<P>>,
+        entry: &Entry,
+        xattr_bytes: usize,
+    ) -> Result<Kind, ConvertError> {
+        if let Some(map) = &entry.sparse {
+            return self.sparse_data(tar, map);
+        }
+        let tail = writer::tail_behind_inode(entry.size, xattr_bytes);
+        let body = entry.size - tail as u64;
+        self.image.begin_file(body)?;
+        self.copy(tar, body)?;
+        let first_block = self.image.end_file()?;
+        if body > 0 {
+            tar.witness().data(u64::from(first_block) * format::BLOCK, body);
+        }
+        if tail == 0 {
+            return Ok(Kind::File { first_block, size: entry.size, tail: None });
+        }
+        let bytes = &mut self.chunk[..tail];
+        let mut filled = 0;
+        while filled < tail {
+            match tar.read_data(&mut bytes[filled..])? {
+                0 => return Err(ConvertError::Tar(TarError::Truncated(0))),
+                read => filled += read,
             }
         }
-        self.image.end_file()?;
-        Ok(Kind::File { first_block, size: entry.size })
+        let place = self.image.push_tail(bytes)?;
+        tar.witness().tail(tail);
+        Ok(Kind::File { first_block, size: entry.size, tail: Some(place) })
     }
 
-    fn copy<R: Read>(&mut self, tar: &mut TarStream<R>, length: u64) -> Result<(), ConvertError> {
+    /// Copies the data of a file with holes.
+    fn sparse_data<R: Read, P: Write>(
+        &mut self,
+        tar: &mut TarStream<R, RecipeWriter<P>>,
+        map: &SparseMap,
+    ) -> Result<Kind, ConvertError> {
+        let first_block = self.image.begin_sparse_file(map.real_size)?;
+        let mut position = 0;
+        for (offset, length) in &map.ranges {
+            self.image.hole(offset - position)?;
+            self.copy(tar, *length)?;
+            position = offset + length;
+            if *length > 0 {
+                tar.witness().data(u64::from(first_block) * format::BLOCK + offset, *length);
+            }
+        }
+        self.image.hole(map.real_size - position)?;
+        self.image.end_sparse_file()?;
+        Ok(Kind::File { first_block, size: map.real_size, tail: None })
+    }
+
+    fn copy<R: Read, P: Write>(
+        &mut self,
+        tar: &mut TarStream<R, RecipeWriter<P>>,
+        length: u64,
+    ) -> Result<(), ConvertError> {
         let mut left = length;
         while left > 0 {
             let want = usize::try_from(left).unwrap_or(usize::MAX).min(self.chunk.len());

@@ -50,6 +50,8 @@ pub(super) enum Kind {
     File {
         first_block: u32,
         size: u64,
+        /// Where the end that stands behind the inode waits for it.
+        tail: Option<u64>,
     },
     Symlink(Box<[u8]>),
     /// Devices and fifos: the type bits of the mode and the encoded device number.

@@ -2,26 +2,77 @@
 //! tree is known, the root first because its number has only 16 bits; the superblock is written last, so that an
 //! unfinished image is never mistaken for a whole one.
 
-use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Cursor, Read, Seek, SeekFrom, Write};
+use std::path::Path;
 
 use super::convert::ConvertError;
 use super::dirs::{self, Dirent};
 use super::format::{
     BLOCK, DataLayout, EXTENDED_INODE, INODE_SLOT, InodeFields, MODE_DIR, MODE_TYPE, Superblock, dirent_type,
 };
+use super::spool::Spool;
 use super::tree::{Kind, Node, NodeId, Tree};
+use crate::recipe::{RecipeStats, RecipeWriter, Tail};
 
 const BUFFER: usize = 256 * 1024;
+/// Contents are compared in pieces of this size.
+const COMPARED: usize = 64 * 1024;
 /// Holes from this size on are left as holes in the image file, not written as zeros.
 const MIN_HOLE: u64 = 64 * 1024;
 /// Block addresses have 32 bits.
 pub(crate) const MAX_IMAGE: u64 = (u32::MAX as u64 - 1) * BLOCK;
+/// The end of a file stands behind its inode if it is not longer: it saves a block, but inodes that lie far apart make
+/// walks through the tree slow.
+const MAX_TAIL: u64 = 1024;
+/// So many contents are remembered to share their blocks with later files.
+const MAX_CONTENTS: usize = 1 << 20;
+
+/// Where an image can be written.
+pub trait ImageOutput: Read + Write + Seek {
+    /// Cuts it off at this length.
+    fn set_len(&mut self, length: u64) -> io::Result<()>;
+}
+
+impl ImageOutput for &File {
+    fn set_len(&mut self, length: u64) -> io::Result<()> {
+        File::set_len(self, length)
+    }
+}
+
+impl ImageOutput for &mut Cursor<Vec<u8>> {
+    fn set_len(&mut self, length: u64) -> io::Result<()> {
+        let length = usize::try_from(length).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        self.get_mut().resize(length, 0);
+        Ok(())
+    }
+}
+
+/// How much of a file of this size stands behind its inode.
+pub(super) fn tail_behind_inode(size: u64, xattr_bytes: usize) -> usize {
+    let tail = size % BLOCK;
+    let fits = tail <= MAX_TAIL && (EXTENDED_INODE + xattr_bytes) as u64 + tail <= BLOCK;
+    if fits { tail as usize } else { 0 }
+}
 
 /// The image under construction.
-pub(super) struct ImageWriter<W: Write + Seek> {
+pub(super) struct ImageWriter<W: ImageOutput> {
     out: BufWriter<W>,
     position: u64,
+    /// Up to here there may be something else than zeros.
+    written: u64,
     max_size: u64,
+    file: FileInProgress,
+    /// First block by number of blocks and checksum.
+    contents: HashMap<(u32, u32), u32>,
+    spool: Spool,
+}
+
+#[derive(Default)]
+struct FileInProgress {
+    start: u64,
+    checksum: u32,
 }
 
 /// What was written.
@@ -29,6 +80,8 @@ pub(super) struct ImageWriter<W: Write + Seek> {
 pub(crate) struct ImageStats {
     /// Size of the image in bytes, whole blocks.
     pub(crate) size: u64,
+    /// Size of the recipe.
+    pub(crate) recipe: RecipeStats,
 }
 
 /// How an inode and its data lie in the image.
@@ -41,46 +94,123 @@ struct Placement {
     blocks: u64,
 }
 
-impl<W: Write + Seek> ImageWriter<W> {
-    pub(super) fn new(out: W, max_size: u64) -> Result<Self, ConvertError> {
+impl<W: ImageOutput> ImageWriter<W> {
+    pub(super) fn new(out: W, scratch: &Path, max_size: u64) -> Result<Self, ConvertError> {
         let mut writer = Self {
             out: BufWriter::with_capacity(BUFFER, out),
             position: 0,
+            written: 0,
             max_size: max_size.min(MAX_IMAGE),
+            file: FileInProgress::default(),
+            contents: HashMap::new(),
+            spool: Spool::new(scratch),
         };
         writer.zeros(BLOCK)?;
         Ok(writer)
     }
 
-    /// Starts a file's data; its first block.
-    pub(super) fn begin_file(&mut self, size: u64) -> Result<u32, ConvertError> {
+    fn check_fits(&self, size: u64) -> Result<(), ConvertError> {
+        let end = self.position.checked_add(size).filter(|end| *end <= self.max_size);
+        end.map(drop).ok_or(ConvertError::TooLarge)
+    }
+
+    /// Starts a file's data.
+    pub(super) fn begin_file(&mut self, size: u64) -> Result<(), ConvertError> {
+        self.check_fits(size)?;
+        self.file = FileInProgress { start: self.position, checksum: 0 };
+        Ok(())
+    }
+
+    /// Ends a file's data; its first block. If the image has the same content already, this is where it was.
+    pub(super) fn end_file(&mut self) -> Result<u32, ConvertError> {
+        let (start, end) = (self.file.start, self.position.next_multiple_of(BLOCK));
+        if start == end {
+            return Ok(0);
+        }
+        self.pad_to(end)?;
+        let too_large = |_| ConvertError::TooLarge;
+        let first_block = u32::try_from(start / BLOCK).map_err(too_large)?;
+        let blocks = u32::try_from((end - start) / BLOCK).map_err(too_large)?;
+        let key = (blocks, self.file.checksum);
+        match self.contents.get(&key).copied() {
+            Some(known) => {
+                let equal = self.are_equal(u64::from(known) * BLOCK, start, end - start);
+                if equal.map_err(ConvertError::writing)? {
+                    self.seek(start)?;
+                    return Ok(known);
+                }
+            }
+            None if self.contents.len() >= MAX_CONTENTS => {}
+            None => drop(self.contents.insert(key, first_block)),
+        }
+        Ok(first_block)
+    }
+
+    /// Compares two ranges of what was written.
+    fn are_equal(&mut self, one: u64, other: u64, length: u64) -> io::Result<bool> {
+        self.out.flush()?;
+        let out = self.out.get_mut();
+        let mut buffers = [vec![0; COMPARED], vec![0; COMPARED]];
+        let mut done = 0;
+        let mut equal = true;
+        while equal && done < length {
+            let step = (length - done).min(COMPARED as u64) as usize;
+            for (buffer, start) in buffers.iter_mut().zip([one, other]) {
+                out.seek(SeekFrom::Start(start + done))?;
+                out.read_exact(&mut buffer[..step])?;
+            }
+            equal = buffers[0][..step] == buffers[1][..step];
+            done += step as u64;
+        }
+        out.seek(SeekFrom::Start(self.position))?;
+        Ok(equal)
+    }
+
+    /// Starts the data of a file with holes; its first block.
+    pub(super) fn begin_sparse_file(&mut self, size: u64) -> Result<u32, ConvertError> {
         if size == 0 {
             return Ok(0);
         }
-        let end = self.position.checked_add(size).filter(|end| *end <= self.max_size);
-        end.ok_or(ConvertError::TooLarge)?;
+        self.check_fits(size)?;
         u32::try_from(self.position / BLOCK).map_err(|_| ConvertError::TooLarge)
+    }
+
+    pub(super) fn end_sparse_file(&mut self) -> Result<(), ConvertError> {
+        self.pad_to(self.position.next_multiple_of(BLOCK))
+    }
+
+    /// Keeps the end of a file for the time when its inode is written; its place.
+    pub(super) fn push_tail(&mut self, bytes: &[u8]) -> Result<u64, ConvertError> {
+        self.spool.push(bytes).map_err(ConvertError::writing)
+    }
+
+    /// Says which file of this size had the last end.
+    pub(super) fn tail_belongs_to(&mut self, node: NodeId, size: u64) {
+        self.spool.belongs_to(node, (size % BLOCK) as u16);
     }
 
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), ConvertError> {
         self.out.write_all(bytes).map_err(ConvertError::writing)?;
+        self.file.checksum = crc32c::crc32c_append(self.file.checksum, bytes);
         self.position += bytes.len() as u64;
+        self.written = self.written.max(self.position);
         Ok(())
+    }
+
+    fn seek(&mut self, position: u64) -> Result<(), ConvertError> {
+        self.position = position;
+        self.out.seek(SeekFrom::Start(position)).map(drop).map_err(ConvertError::writing)
     }
 
     pub(super) fn hole(&mut self, length: u64) -> Result<(), ConvertError> {
         if length < MIN_HOLE {
             return self.zeros(length);
         }
-        let target = self.position.checked_add(length).filter(|end| *end <= self.max_size);
-        self.position = target.ok_or(ConvertError::TooLarge)?;
-        self.out.seek(SeekFrom::Start(self.position)).map_err(ConvertError::writing)?;
-        Ok(())
-    }
-
-    /// Fills up the last block of a file.
-    pub(super) fn end_file(&mut self) -> Result<(), ConvertError> {
-        self.pad_to(self.position.next_multiple_of(BLOCK))
+        self.check_fits(length)?;
+        let target = self.position + length;
+        // A file that turned out to be known already may have left its bytes here.
+        self.zeros(self.written.clamp(self.position, target) - self.position)?;
+        self.seek(target)
     }
 
     fn zeros(&mut self, length: u64) -> Result<(), ConvertError> {
@@ -101,8 +231,14 @@ impl<W: Write + Seek> ImageWriter<W> {
         }
     }
 
-    /// Writes the tree and the superblock.
-    pub(super) fn finish(mut self, tree: &mut Tree) -> Result<ImageStats, ConvertError> {
+    /// Writes the tree and the superblock, and completes the recipe.
+    pub(super) fn finish<P: Write>(
+        mut self,
+        tree: &mut Tree,
+        recipe: RecipeWriter<P>,
+    ) -> Result<ImageStats, ConvertError> {
+        self.contents = HashMap::new();
+        self.spool.seal().map_err(ConvertError::writing)?;
         let order = tree.in_layout_order();
         for id in &order {
             tree.mark_for_overlay(*id).map_err(|reason| ConvertError::Directory { reason })?;
@@ -127,7 +263,27 @@ impl<W: Write + Seek> ImageWriter<W> {
         self.out.seek(SeekFrom::Start(0)).map_err(ConvertError::writing)?;
         self.out.write_all(&superblock.encode_block()).map_err(ConvertError::writing)?;
         self.out.flush().map_err(ConvertError::writing)?;
-        Ok(ImageStats { size: blocks * BLOCK })
+        self.out.get_mut().set_len(blocks * BLOCK).map_err(ConvertError::writing)?;
+        let recipe = self.finish_recipe(tree, recipe, meta_start).map_err(ConvertError::writing)?;
+        Ok(ImageStats { size: blocks * BLOCK, recipe })
+    }
+
+    /// Tells the recipe where the ends of files are now.
+    fn finish_recipe<P: Write>(
+        &mut self,
+        tree: &Tree,
+        recipe: RecipeWriter<P>,
+        meta_start: u64,
+    ) -> io::Result<RecipeStats> {
+        let mut tails = recipe.finish_steps()?;
+        for (id, place, length) in self.spool.tails() {
+            let node = tree.node(id);
+            tails.tail(&match node.kind {
+                Kind::Removed => Tail::Lost(self.spool.read(place, length)?),
+                _ => Tail::At(meta_start + node.nid * INODE_SLOT + placement(node).inode_bytes),
+            })?;
+        }
+        tails.finish()
     }
 
     fn write_inodes(
@@ -164,7 +320,14 @@ impl<W: Write + Seek> ImageWriter<W> {
             };
             self.write(&fields.encode())?;
             self.write(&node.meta.xattrs)?;
-            if placement.layout == DataLayout::Inline {
+            if let Kind::File { size, tail: Some(place), .. } = &node.kind {
+                let bytes =
+                    self.spool.read(*place, (size % BLOCK) as usize).map_err(ConvertError::writing)?;
+                // Not through `write`, whose checksum is of no use here.
+                self.out.write_all(bytes).map_err(ConvertError::writing)?;
+                self.position += size % BLOCK;
+                self.written = self.written.max(self.position);
+            } else if placement.layout == DataLayout::Inline {
                 let data = metadata_data(tree, *id);
                 self.write(&data[(placement.blocks * BLOCK) as usize..])?;
             }
@@ -179,7 +342,7 @@ impl<W: Write + Seek> ImageWriter<W> {
             if blocks > 0 {
                 let data = metadata_data(tree, *id);
                 self.write(&data[..data.len().min((blocks * BLOCK) as usize)])?;
-                self.end_file()?;
+                self.pad_to(self.position.next_multiple_of(BLOCK))?;
             }
         }
         Ok(())
@@ -211,8 +374,9 @@ fn assign_nids(tree: &mut Tree, order: &[NodeId]) -> u64 {
 fn placement(node: &Node) -> Placement {
     let inode_bytes = (EXTENDED_INODE + node.meta.xattrs.len()) as u64;
     let data_bytes = match &node.kind {
-        Kind::File { size, .. } => {
-            return Placement { inode_bytes, data_bytes: *size, layout: DataLayout::Plain, blocks: 0 };
+        Kind::File { size, tail, .. } => {
+            let layout = if tail.is_some() { DataLayout::Inline } else { DataLayout::Plain };
+            return Placement { inode_bytes, data_bytes: *size, layout, blocks: 0 };
         }
         Kind::Directory(directory) => {
             dirs::size(names(directory.children.keys().map(|name| &**name)).into_iter())

@@ -40,6 +40,9 @@ pub(super) struct LayerRecord {
     pub(super) diff_id: Digest,
     /// Size of the EROFS image.
     pub(super) size: u64,
+    /// Size of the recipe beside it; 0 in records of early versions, which had none.
+    #[serde(default)]
+    pub(super) recipe_size: u64,
 }
 
 impl ImageRecord {

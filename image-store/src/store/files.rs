@@ -12,8 +12,12 @@ use tracing::{debug, warn};
 use super::db::References;
 use super::error::Error;
 use crate::digest::Digest;
+use crate::layer::NewLayer;
+use crate::recipe::LayerTar;
 
 const LAYER_SUFFIX: &str = ".erofs";
+/// Beside a layer's image: the way back to its tar stream.
+const RECIPE_SUFFIX: &str = ".recipe";
 
 #[derive(Debug)]
 pub(super) struct Files {
@@ -44,12 +48,40 @@ impl Files {
         self.layers.join(format!("{}{LAYER_SUFFIX}", diff_id.hex()))
     }
 
-    /// The size of a stored layer.
-    pub(super) fn layer_size(&self, diff_id: &Digest) -> Option<u64> {
-        fs::metadata(self.layer_path(diff_id))
-            .ok()
-            .filter(fs::Metadata::is_file)
-            .map(|metadata| metadata.len())
+    fn recipe_path(&self, diff_id: &Digest) -> PathBuf {
+        self.layers.join(format!("{}{RECIPE_SUFFIX}", diff_id.hex()))
+    }
+
+    /// The sizes of a stored layer's image and recipe. A layer that lacks either counts as not stored, so that the
+    /// next load brings it.
+    pub(super) fn layer_sizes(&self, diff_id: &Digest) -> Option<(u64, u64)> {
+        let size = |path: PathBuf| {
+            fs::metadata(path).ok().filter(fs::Metadata::is_file).map(|metadata| metadata.len())
+        };
+        Some((size(self.layer_path(diff_id))?, size(self.recipe_path(diff_id))?))
+    }
+
+    /// Puts a new layer's files in place; the recipe comes last and makes the layer complete.
+    pub(super) fn put_layer(&self, layer: NewLayer, new_files: &mut NewFiles) -> Result<(), Error> {
+        let diff_id = layer.converted.diff_id;
+        let files = layer.into_files();
+        let (image, recipe) = files.map_err(|source| Error::io("sync a layer in", &self.scratch, source))?;
+        new_files.persist(image, self.layer_path(&diff_id))?;
+        new_files.persist(recipe, self.recipe_path(&diff_id))
+    }
+
+    /// A layer's tar stream.
+    pub(super) fn layer_tar(&self, diff_id: &Digest) -> Result<LayerTar<File, File>, Error> {
+        let open = |path: PathBuf| match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let what = format!("the tar stream of layer {diff_id}; load or pull its image again");
+                Err(Error::Corrupt { what })
+            }
+            other => other.map_err(|source| Error::io("open the layer", &path, source)),
+        };
+        let recipe = || open(self.recipe_path(diff_id));
+        let tar = LayerTar::open(recipe()?, recipe()?, open(self.layer_path(diff_id))?, *diff_id);
+        tar.map_err(|source| Error::io("read the layer", &self.recipe_path(diff_id), source))
     }
 
     fn blob_path(&self, digest: &Digest) -> PathBuf {
@@ -79,6 +111,7 @@ impl Files {
 
     pub(super) fn remove_layer(&self, diff_id: &Digest) {
         remove_or_warn(&self.layer_path(diff_id));
+        remove_or_warn(&self.recipe_path(diff_id));
     }
 
     pub(super) fn remove_blob(&self, digest: &Digest) {
@@ -89,7 +122,8 @@ impl Files {
     pub(super) fn remove_debris(&self, references: &References) -> Result<(), Error> {
         remove_entries(&self.scratch, |_| false)?;
         remove_entries(&self.layers, |name| {
-            let digest = name.strip_suffix(LAYER_SUFFIX).and_then(|hex| Digest::from_hex(hex).ok());
+            let hex = name.strip_suffix(LAYER_SUFFIX).or_else(|| name.strip_suffix(RECIPE_SUFFIX));
+            let digest = hex.and_then(|hex| Digest::from_hex(hex).ok());
             digest.is_some_and(|digest| references.layers.contains(&digest))
         })?;
         remove_entries(&self.blobs, |name| {
@@ -105,11 +139,14 @@ pub(super) struct NewFiles(Vec<PathBuf>);
 impl NewFiles {
     /// Renames a synced file to its final name.
     pub(super) fn persist(&mut self, file: NamedTempFile, target: PathBuf) -> Result<(), Error> {
+        // What was there was incomplete or damaged, but images may refer to it: it is not for us to remove.
+        let is_new = !target.exists();
         match file.persist(&target) {
-            Ok(_) => {
+            Ok(_) if is_new => {
                 self.0.push(target);
                 Ok(())
             }
+            Ok(_) => Ok(()),
             Err(error) => Err(Error::io("create", &target, error.error)),
         }
     }

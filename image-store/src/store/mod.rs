@@ -9,16 +9,19 @@ mod image;
 mod remove;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tracing::info;
 
-use crate::archive::{self, LoadProgress, ResolvedImage, Scan, ScannedLayer};
+use crate::archive::{self, LoadProgress, ResolvedImage, Scan};
 use crate::config::Platform;
 use crate::digest::{Digest, ImageId};
 use crate::erofs::MAX_IMAGE;
+use crate::layer::NewLayer;
+use crate::recipe::LayerTar;
 use crate::reference::Reference;
 
 use db::{Db, ImageRecord, LayerRecord};
@@ -79,14 +82,23 @@ impl ImageStore {
     /// nothing.
     pub fn load(
         &self,
-        archive: impl Read,
-        progress: &mut dyn FnMut(LoadProgress),
+        archive: impl Read + Send,
+        progress: &mut (dyn FnMut(LoadProgress) + Send),
     ) -> Result<Vec<Loaded>, Error> {
         let mut scan = archive::scan(archive, self.files.scratch(), MAX_IMAGE, progress)?;
-        scan.sync_layers().map_err(|source| Error::io("sync a layer in", self.files.scratch(), source))?;
         let _changes = self.lock();
-        let images = archive::resolve(&mut scan, &|diff_id| self.files.layer_size(diff_id).is_some())?;
+        let images = archive::resolve(&mut scan, &|diff_id| self.files.layer_sizes(diff_id).is_some())?;
         self.keep(images, scan)
+    }
+
+    /// The uncompressed tar stream of a layer, byte for byte as it came; its [`length`](LayerTar::length) is known at
+    /// once. It is put together while it is read and needs little memory. Readers go on when the layer is removed
+    /// meanwhile. If the store's files were damaged, the stream ends in an error before its last byte.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] if the store does not have the layer, or only its image, as stores of early versions do.
+    pub fn layer_tar(&self, diff_id: &Digest) -> Result<LayerTar<File, File>, Error> {
+        self.files.layer_tar(diff_id)
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {
@@ -131,21 +143,21 @@ impl ImageStore {
     fn keep_files(
         &self,
         image: &ResolvedImage,
-        layers: &mut HashMap<Digest, ScannedLayer>,
+        layers: &mut HashMap<Digest, NewLayer>,
         new_files: &mut NewFiles,
     ) -> Result<ImageRecord, Error> {
         let mut kept = Vec::new();
         for diff_id in &image.config.rootfs.diff_ids {
-            let size = match (self.files.layer_size(diff_id), layers.remove(diff_id)) {
-                (Some(size), _) => size,
+            let (size, recipe_size) = match (self.files.layer_sizes(diff_id), layers.remove(diff_id)) {
+                (Some(sizes), _) => sizes,
                 (None, Some(layer)) => {
-                    let size = layer.converted.image_size;
-                    new_files.persist(layer.file, self.files.layer_path(diff_id))?;
-                    size
+                    let sizes = (layer.converted.image_size, layer.converted.recipe_size);
+                    self.files.put_layer(layer, new_files)?;
+                    sizes
                 }
                 (None, None) => return Err(Error::Corrupt { what: format!("layer {diff_id}") }),
             };
-            kept.push(LayerRecord { diff_id: *diff_id, size });
+            kept.push(LayerRecord { diff_id: *diff_id, size, recipe_size });
         }
         self.files.put_blob(&image.config_raw, new_files)?;
         let manifest = match &image.manifest {

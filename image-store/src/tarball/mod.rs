@@ -82,10 +82,21 @@ pub(crate) struct Entry {
     pub(crate) sparse: Option<SparseMap>,
 }
 
+/// Sees the bytes of a tar stream that are not entries' data: headers, padding, what was skipped.
+pub(crate) trait Witness {
+    fn passed(&mut self, bytes: &[u8]);
+}
+
+/// Nobody looks.
+impl Witness for () {
+    fn passed(&mut self, _: &[u8]) {}
+}
+
 /// The reader. Call [`TarStream::next_entry`], read the entry's data through [`Read`], and so on; what was not read is
 /// skipped.
-pub(crate) struct TarStream<R> {
+pub(crate) struct TarStream<R, W = ()> {
     inner: R,
+    witness: W,
     offset: u64,
     /// Bytes of the current entry that were not yet read.
     remaining: u64,
@@ -96,12 +107,34 @@ pub(crate) struct TarStream<R> {
 
 impl<R: Read> TarStream<R> {
     pub(crate) fn new(inner: R) -> Self {
-        Self { inner, offset: 0, remaining: 0, padding: 0, finished: false }
+        Self::with_witness(inner, ())
+    }
+}
+
+impl<R: Read, W: Witness> TarStream<R, W> {
+    /// All that is not read by [`TarStream::read_data`] passes before the witness.
+    pub(crate) fn with_witness(inner: R, witness: W) -> Self {
+        Self { inner, witness, offset: 0, remaining: 0, padding: 0, finished: false }
     }
 
-    /// The reader beneath, to read what follows the end-of-archive mark.
-    pub(crate) fn get_mut(&mut self) -> &mut R {
-        &mut self.inner
+    pub(crate) fn witness(&mut self) -> &mut W {
+        &mut self.witness
+    }
+
+    pub(crate) fn into_witness(self) -> W {
+        self.witness
+    }
+
+    /// Reads what follows the end-of-archive mark, to the stream's end.
+    pub(crate) fn drain(&mut self) -> Result<(), TarError> {
+        let mut scratch = [0; 16 * 1024];
+        loop {
+            match self.inner.read(&mut scratch) {
+                Ok(0) => return Ok(()),
+                Ok(read) => self.witness.passed(&scratch[..read]),
+                Err(error) => self.retry_or_fail(error)?,
+            }
+        }
     }
 
     /// The next entry; `None` at the end-of-archive mark or where the stream ends between entries.
@@ -247,6 +280,7 @@ impl<R: Read> TarStream<R> {
                 Err(error) => self.retry_or_fail(error)?,
             }
         }
+        self.witness.passed(&block);
         self.offset += BLOCK as u64;
         Ok(Some(Header::new(block)))
     }
@@ -265,7 +299,10 @@ impl<R: Read> TarStream<R> {
                 // The last entry need not be padded: umoci's layers are not, and Go's reader (that is, Docker) takes them.
                 Ok(0) if self.remaining == 0 => self.padding = 0,
                 Ok(0) => return Err(TarError::Truncated(self.offset)),
-                Ok(read) => self.consumed(read as u64),
+                Ok(read) => {
+                    self.witness.passed(&scratch[..read]);
+                    self.consumed(read as u64);
+                }
                 Err(error) => self.retry_or_fail(error)?,
             }
         }
@@ -305,6 +342,13 @@ impl<R: Read> TarStream<R> {
         }
     }
 
+    /// Like [`TarStream::read_data`], for data that says something about the stream itself.
+    fn read_described(&mut self, buffer: &mut [u8]) -> Result<usize, TarError> {
+        let read = self.read_data(buffer)?;
+        self.witness.passed(&buffer[..read]);
+        Ok(read)
+    }
+
     /// The whole payload of an extension header.
     fn extension(&mut self, offset: u64, size: u64) -> Result<Vec<u8>, TarError> {
         if size > MAX_EXTENSION {
@@ -315,7 +359,7 @@ impl<R: Read> TarStream<R> {
         let mut bytes = vec![0; size as usize];
         let mut filled = 0;
         while filled < bytes.len() {
-            filled += self.read_data(&mut bytes[filled..])?;
+            filled += self.read_described(&mut bytes[filled..])?;
         }
         Ok(bytes)
     }
@@ -341,7 +385,7 @@ impl<R: Read> TarStream<R> {
             let mut block = [0; BLOCK];
             let mut filled = 0;
             while filled < BLOCK {
-                match self.read_data(&mut block[filled..])? {
+                match self.read_described(&mut block[filled..])? {
                     0 => return Err(malformed("a sparse map that does not end")),
                     read => filled += read,
                 }
@@ -354,7 +398,7 @@ impl<R: Read> TarStream<R> {
 }
 
 /// The current entry's data.
-impl<R: Read> Read for TarStream<R> {
+impl<R: Read, W: Witness> Read for TarStream<R, W> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.read_data(buffer).map_err(|error| match error {
             TarError::Read(source) => source,

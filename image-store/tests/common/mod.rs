@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{Cursor, Read, Seek};
 
 use coracle_image_store::erofs::reader::{ErofsReader, Inode, Nid};
-use coracle_image_store::{ConvertedLayer, Digest, LayerError, convert_layer};
+use coracle_image_store::{ConvertedLayer, Digest, LayerError, LayerTar, convert_layer};
 use tar::{Builder, EntryType, Header};
 
 pub const MAX: u64 = 1 << 30;
@@ -117,11 +117,38 @@ pub fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::stream::encode_all(bytes, 1).unwrap()
 }
 
+/// A layer converted in memory.
+#[derive(Debug)]
+pub struct Made {
+    pub converted: ConvertedLayer,
+    pub image: Vec<u8>,
+    pub recipe: Vec<u8>,
+}
+
+impl Made {
+    /// The tar stream, from the image and the recipe.
+    pub fn tar(&self) -> std::io::Result<Vec<u8>> {
+        let recipe = || Cursor::new(self.recipe.as_slice());
+        let mut tar = LayerTar::open(recipe(), recipe(), Cursor::new(&self.image), self.converted.diff_id)?;
+        let mut bytes = Vec::new();
+        tar.read_to_end(&mut bytes)?;
+        assert_eq!(bytes.len() as u64, tar.length());
+        Ok(bytes)
+    }
+}
+
+/// Converts a layer in memory.
+pub fn make(blob: &[u8]) -> Result<Made, LayerError> {
+    let mut image = Cursor::new(Vec::new());
+    let mut recipe = Vec::new();
+    let converted = convert_layer(blob, &mut image, &mut recipe, &std::env::temp_dir(), MAX)?;
+    assert_eq!(converted.recipe_size, recipe.len() as u64);
+    Ok(Made { converted, image: image.into_inner(), recipe })
+}
+
 /// Converts a layer in memory.
 pub fn convert(blob: &[u8]) -> Result<(ConvertedLayer, Vec<u8>), LayerError> {
-    let mut image = Cursor::new(Vec::new());
-    let converted = convert_layer(blob, &mut image, MAX)?;
-    Ok((converted, image.into_inner()))
+    make(blob).map(|made| (made.converted, made.image))
 }
 
 /// Converts a layer that must be good, and reads the image back.
