@@ -3,7 +3,10 @@
 use std::{
     collections::{HashMap, HashSet},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,14 +18,14 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     container::{
-        Container,
+        Container, Stop,
         actor::{self, Message},
         record::{ContainerId, Record},
         registry::Registry,
         signal,
         state::Status,
     },
-    error::{Error, Result, chain},
+    error::{Error, Kind, Result, chain},
     events::Events,
     exec::Execs,
     io::{Fanout, Pump},
@@ -57,6 +60,8 @@ pub(crate) struct Core {
     pub(crate) image_gate: RwLock<()>,
     /// Everything is to end; what runs in sandboxes is to go on.
     pub(crate) closing: CancellationToken,
+    /// Everything in sandboxes is to end, and no container is to be started again.
+    going_down: AtomicBool,
     /// Everything in sandboxes has ended; the daemon is to end too.
     pub(crate) down: Notify,
     pub(crate) tasks: TaskTracker,
@@ -84,6 +89,7 @@ impl Core {
             timings: Timings::default(),
             image_gate: RwLock::default(),
             closing: CancellationToken::new(),
+            going_down: AtomicBool::new(false),
             down: Notify::new(),
             tasks: TaskTracker::new(),
             started: UnixNanos::now(),
@@ -91,6 +97,9 @@ impl Core {
         core.load(records).await?;
         core.take_over().await;
         core.finish_removals().await;
+        for container in core.containers.all() {
+            container.tell(Message::DaemonStarted).await;
+        }
         Ok(core)
     }
 
@@ -120,20 +129,39 @@ impl Core {
             .collect()
     }
 
+    /// Whether everything in sandboxes is to end.
+    pub(crate) fn is_going_down(&self) -> bool {
+        self.going_down.load(Ordering::SeqCst)
+    }
+
     /// Stops all containers, shuts all sandboxes down, and lets the daemon end.
     pub(crate) async fn go_down(&self, timeout: Option<i64>) -> Result<()> {
+        self.going_down.store(true, Ordering::SeqCst);
+        let stopped = self.stop_everything(timeout).await;
+        if stopped.is_err() {
+            self.going_down.store(false, Ordering::SeqCst);
+        }
+        stopped?;
+        self.down.notify_one();
+        Ok(())
+    }
+
+    async fn stop_everything(&self, timeout: Option<i64>) -> Result<()> {
         let containers = self.containers.all();
-        let stops =
-            containers.iter().filter(|container| container.is_running()).map(|container| async move {
-                if let Err(error) = container.stop(None, timeout).await {
+        // Not a user's wish for this container: its restart policy starts it again with the next daemon.
+        let stop = Stop { timeout, ..Stop::default() };
+        let stops = containers.iter().map(|container| async move {
+            match container.stop(stop).await {
+                Err(error) if error.kind() != Kind::NotModified => {
                     tracing::warn!(%error, "a container did not stop");
                 }
-            });
+                _ => {}
+            }
+        });
         join_all(stops).await;
         for host in self.sandboxes.all() {
             host.stop().await?;
         }
-        self.down.notify_one();
         Ok(())
     }
 

@@ -28,7 +28,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Opens the state, takes over sandboxes that still run, and goes on with their containers. Starts no sandbox.
+    /// Opens the state, takes over sandboxes that still run, and goes on with their containers. Starts a
+    /// sandbox only where a container's restart policy wants it, in the background.
     ///
     /// # Errors
     /// If the state cannot be read or written, or another engine has it open.

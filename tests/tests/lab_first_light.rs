@@ -248,7 +248,6 @@ fn what_is_not_supported_is_refused_by_name() {
         &["-p", "8080:80"][..],
         &["-v", "/tmp:/mnt"],
         &["--privileged"],
-        &["--restart", "always"],
         &["--device", "/dev/null"],
         &["--network", "host"],
     ] {

@@ -1,6 +1,6 @@
 //! `/containers/*`: lists, inspection, and what changes a container's state.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use coracle_agent_api::TerminalSize;
 use http::StatusCode;
@@ -8,8 +8,8 @@ use serde_json::{Map, Value, json};
 
 use super::{list, refuse, to_its_end};
 use crate::{
-    container::{Container, record::Record, signal, state::Status},
-    error::{Error, Kind, Result},
+    container::{Container, Stop, record::Record, signal, state::Status},
+    error::{Error, Result},
     exec::not_running,
     http::{Request, Response, body},
     time::or_never,
@@ -30,27 +30,21 @@ pub(crate) async fn start(request: &Request, id: &str) -> Result<Response> {
 
 pub(crate) async fn stop(request: &Request, id: &str) -> Result<Response> {
     let container = request.core.containers.find(id)?;
-    let (signal, timeout) = stop_options(request)?;
-    to_its_end(&request.core, async move { container.stop(signal, timeout).await }).await?;
+    let stop = stop_options(request)?;
+    to_its_end(&request.core, async move { container.stop(stop).await }).await?;
     Ok(body::empty(StatusCode::NO_CONTENT))
 }
 
 pub(crate) async fn restart(request: &Request, id: &str) -> Result<Response> {
     let container = request.core.containers.find(id)?;
-    let (signal, timeout) = stop_options(request)?;
-    to_its_end(&request.core, async move {
-        match container.stop(signal, timeout).await {
-            Err(error) if error.kind() != Kind::NotModified => return Err(error),
-            _ => {}
-        }
-        container.start(Instant::now()).await
-    })
-    .await?;
+    let stop = stop_options(request)?;
+    to_its_end(&request.core, async move { container.restart(stop).await }).await?;
     Ok(body::empty(StatusCode::NO_CONTENT))
 }
 
-fn stop_options(request: &Request) -> Result<(Option<u8>, Option<i64>)> {
-    Ok((request.query.get("signal").map(signal::parse).transpose()?, request.query.number("t")?))
+fn stop_options(request: &Request) -> Result<Stop> {
+    let signal = request.query.get("signal").map(signal::parse).transpose()?;
+    Ok(Stop { signal, timeout: request.query.number("t")?, by_user: true })
 }
 
 pub(crate) async fn kill(request: &Request, id: &str) -> Result<Response> {
@@ -59,8 +53,8 @@ pub(crate) async fn kill(request: &Request, id: &str) -> Result<Response> {
     to_its_end(&request.core, async move {
         let exits = container.lifecycle();
         let before = exits.borrow().exits;
-        container.signal(number).await?;
-        if number == signal::SIGKILL {
+        container.kill_with(number).await?;
+        if number == signal::SIGKILL && container.is_running() {
             // As in Docker, a killed container has ended when the call returns.
             let mut exits = exits;
             let ended = exits.wait_for(|now| now.exits > before || now.removed);
@@ -150,7 +144,7 @@ fn describe(container: &Arc<Container>, execs: &[String]) -> Value {
         "HostsPath": "",
         "LogPath": log_path,
         "Name": format!("/{}", record.name),
-        "RestartCount": 0,
+        "RestartCount": record.state.restarts,
         "Driver": "erofs",
         "Platform": record.platform.split('/').next(),
         "MountLabel": "",
@@ -178,9 +172,9 @@ fn state(record: &Record) -> Value {
     let state = &record.state;
     json!({
         "Status": state.status.name(),
-        "Running": state.status.is_running(),
+        "Running": state.status.is_active(),
         "Paused": state.status == Status::Paused,
-        "Restarting": false,
+        "Restarting": state.status == Status::Restarting,
         "OOMKilled": state.oom_killed,
         "Dead": state.status == Status::Dead,
         "Pid": state.pid,

@@ -158,7 +158,7 @@ pub(crate) async fn remove(request: &Request, name: &str) -> Result<Response> {
         .iter()
         .map(|container| {
             let record = container.record();
-            (record.image(), record.state.status.is_running(), record.id.short().to_owned())
+            (record.image(), record.state.status.is_active(), record.id.short().to_owned())
         })
         .collect();
     let owned = name.to_owned();

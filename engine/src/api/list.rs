@@ -38,7 +38,7 @@ pub(super) fn select(core: &Core, query: &Query) -> Result<Vec<Value>> {
     let mut summaries = Vec::new();
     for container in core.containers.all() {
         let record = container.record();
-        let fits = (everything || record.state.status.is_running())
+        let fits = (everything || record.state.status.is_active())
             && before.is_none_or(|before| record.created < before)
             && since.is_none_or(|since| record.created > since)
             && matches(&record, &filters);
@@ -154,6 +154,9 @@ fn status_line(record: &Record) -> String {
         Status::Created => "Created".to_owned(),
         Status::Running => format!("Up {}", ago(state.started)),
         Status::Paused => format!("Up {} (Paused)", ago(state.started)),
+        Status::Restarting => {
+            format!("Restarting ({}) {} ago", state.exit_code, ago(state.finished))
+        }
         Status::Exited => format!("Exited ({}) {} ago", state.exit_code, ago(state.finished)),
         Status::Removing => "Removal In Progress".to_owned(),
         Status::Dead => "Dead".to_owned(),

@@ -12,6 +12,7 @@ pub(crate) mod logs;
 pub mod private;
 pub(crate) mod prune;
 pub(crate) mod system;
+pub(crate) mod update;
 pub(crate) mod wait;
 
 use std::sync::Arc;

@@ -24,7 +24,7 @@ pub(crate) async fn status(request: &Request) -> Result<Response> {
     let core = &request.core;
     let count = images(core, |images| images.list().map(|list| list.len())).await?;
     let all = core.containers.all();
-    let running = all.iter().filter(|container| container.is_running()).count();
+    let running = all.iter().filter(|container| container.is_active()).count();
     let mut sandboxes = Vec::new();
     for host in core.sandboxes.all() {
         sandboxes.push(sandbox(&host).await);

@@ -79,7 +79,7 @@ pub(crate) async fn info(request: &Request) -> Result<Response> {
     let all = core.containers.all();
     let statuses: Vec<Status> = all.iter().map(|container| container.record().state.status).collect();
     let count = |wanted: Status| statuses.iter().filter(|status| **status == wanted).count();
-    let (running, paused) = (count(Status::Running), count(Status::Paused));
+    let (running, paused) = (count(Status::Running) + count(Status::Restarting), count(Status::Paused));
     let uname = rustix::system::uname();
     let memory = rustix::system::sysinfo();
     let total = u64::from(memory.mem_unit).saturating_mul(memory.totalram);

@@ -15,7 +15,10 @@ pub(crate) fn wait(request: &Request, id: &str) -> Result<Response> {
     // What has happened by now is decided now, not when the task below gets its turn.
     let exits = lifecycle.borrow().exits;
     let condition: fn(&Lifecycle, u64) -> bool = match request.query.get("condition") {
-        None | Some("not-running") => |now, _| !now.status.is_running() || now.removed,
+        // Whoever waits hears of every end, also of one that a restart follows.
+        None | Some("not-running") => {
+            |now, exits| !now.status.is_active() || now.exits > exits || now.removed
+        }
         Some("next-exit") => |now, exits| now.exits > exits || now.removed,
         Some("removed") => |now, _| now.removed,
         Some(other) => {

@@ -3,6 +3,8 @@
 //! A change is durable before anyone hears of it. What the agent says of a start or an exit is untrusted, and can at worst make
 //! this container's own record untrue.
 
+mod end;
+
 use std::{
     collections::BTreeMap,
     sync::Arc,
@@ -16,7 +18,9 @@ use tracing::Instrument;
 
 use super::{
     Container,
+    config::RestartPolicy,
     record::Record,
+    restart::{Backoff, Policy},
     spec,
     state::{Change, Status, Told},
 };
@@ -39,6 +43,22 @@ pub(crate) enum Message {
         asked: Instant,
         answer: oneshot::Sender<Result<()>>,
     },
+    /// It is to end and not to be restarted; how it is made to end is the asker's matter.
+    StopAsked {
+        by_user: bool,
+        answer: oneshot::Sender<Result<()>>,
+    },
+    /// A client's wish to change it was carried out by several messages: tell of it.
+    Tell {
+        action: &'static str,
+    },
+    /// Others decide when it is started again.
+    SetRestartPolicy {
+        policy: RestartPolicy,
+        answer: oneshot::Sender<Result<()>>,
+    },
+    /// Everything that ran is taken over.
+    DaemonStarted,
     Signal {
         signal: u8,
         answer: oneshot::Sender<Result<()>>,
@@ -81,6 +101,9 @@ struct Actor {
     run: u64,
     /// Ends what belongs to a run and not to its output.
     run_over: CancellationToken,
+    backoff: Backoff,
+    /// When it is to be started again, while it waits for that.
+    restart_due: Option<tokio::time::Instant>,
     removed: bool,
 }
 
@@ -93,6 +116,8 @@ pub(crate) fn spawn(core: &Arc<Core>, record: Record) -> Result<Arc<Container>, 
         record,
         run: 0,
         run_over: CancellationToken::new(),
+        backoff: Backoff::default(),
+        restart_due: None,
         removed: false,
     };
     let span = tracing::info_span!("container", id = container.id().short());
@@ -106,6 +131,10 @@ impl Actor {
         while !self.removed {
             let message = tokio::select! {
                 () = closing.cancelled() => return,
+                () = until(self.restart_due) => {
+                    self.restart().await;
+                    continue;
+                }
                 message = inbox.recv() => message,
             };
             // The container itself holds a sender, so there is always another message.
@@ -118,6 +147,12 @@ impl Actor {
         // An asker that is gone needs no answer.
         match message {
             Message::Start { asked, answer } => drop(answer.send(self.start(asked).await)),
+            Message::StopAsked { by_user, answer } => drop(answer.send(self.stop_asked(by_user).await)),
+            Message::Tell { action } => self.tell(action, BTreeMap::new()),
+            Message::SetRestartPolicy { policy, answer } => {
+                drop(answer.send(self.set_restart_policy(policy).await))
+            }
+            Message::DaemonStarted => self.daemon_started().await,
             Message::Signal { signal, answer } => drop(answer.send(self.signal(signal).await)),
             Message::Pause { answer } => drop(answer.send(self.pause().await)),
             Message::Unpause { answer } => drop(answer.send(self.unpause().await)),
@@ -145,12 +180,14 @@ impl Actor {
         if status == Status::Paused {
             return Err(Error::conflict("cannot start a paused container, try unpause instead"));
         }
-        if status.is_running() {
+        if status.is_active() {
             return Err(Error::not_modified());
         }
         if !status.can_start() {
             return Err(Error::conflict("container is marked for removal and cannot be started"));
         }
+        self.backoff.reset();
+        self.note(Change::StartAsked)?;
         self.begin_trace(asked);
         let result = self.start_in_sandbox().await;
         if let Err(failure) = result {
@@ -349,16 +386,17 @@ impl Actor {
     }
 
     async fn remove(&mut self) -> Result<()> {
-        if self.record.state.status == Status::Paused {
+        let status = self.record.state.status;
+        if status == Status::Paused {
             return Err(Error::conflict(format!(
                 "cannot remove container \"{}\": container is paused and must be unpaused first",
                 self.record.name
             )));
         }
-        if self.record.state.status.is_running() {
-            let name = &self.record.name;
+        if status.is_active() {
+            let (name, status) = (&self.record.name, status.name());
             return Err(Error::conflict(format!(
-                "cannot remove container \"{name}\": container is running: stop the container before removing or force remove"
+                "cannot remove container \"{name}\": container is {status}: stop the container before removing or force remove"
             )));
         }
         self.record.state.apply(Change::Removing).map_err(|error| Error::conflict(error.to_string()))?;
@@ -440,44 +478,10 @@ impl Actor {
         self.attend(&host, process.acknowledged);
     }
 
-    async fn ended(&mut self, outcome: Outcome) {
-        self.run_over.cancel();
-        if let Some(log) = self.container.log() {
-            log.end();
-        }
-        self.container.fanout.close();
-        self.container.stdin.end();
-        let started = self.record.state.started;
-        let change = match outcome {
-            Outcome::Exited(status) => Change::Exited(status),
-            Outcome::Lost(reason) => Change::Lost { reason, at: UnixNanos::now() },
-        };
-        let lost = matches!(change, Change::Lost { .. });
-        let seconds =
-            |from: UnixNanos| (UnixNanos::now().0.saturating_sub(from.0) / 1_000_000_000).to_string();
-        let duration =
-            BTreeMap::from([("execDuration".to_owned(), started.map(seconds).unwrap_or_default())]);
-        if let Err(error) = self.apply(change, duration).await {
-            tracing::error!(%error, "cannot write down that a container ended");
-        }
-        let host = self.host();
-        host.release(&self.record.id).await;
-        // Only now: until the end is on disk, the agent must be able to tell it again.
-        if !lost && let Err(error) = host.agent().forget(&self.record.id).await {
-            tracing::debug!(error = chain(&error), "cannot make the agent forget a container");
-        }
-        self.core.execs.forget_container(&self.record.id);
-        if self.record.host_config.auto_remove
-            && let Err(error) = self.remove().await
-        {
-            tracing::error!(%error, "cannot remove a container that ended");
-        }
-    }
-
     /// Makes a change, writes it down, and only then lets everyone know.
     async fn apply(&mut self, change: Change, attributes: BTreeMap<String, String>) -> Result<()> {
         let before = self.record.state.clone();
-        let unheard_end = matches!(change, Change::Exited(_) | Change::Lost { .. });
+        let unheard_end = matches!(change, Change::Exited { .. } | Change::Lost { .. });
         let told = self.record.state.apply(change).map_err(|error| Error::conflict(error.to_string()))?;
         if let Err(error) = self.save().await {
             if !unheard_end {
@@ -494,6 +498,27 @@ impl Actor {
         Ok(())
     }
 
+    /// Makes a change that no one else needs to hear of and that the next write takes along.
+    fn note(&mut self, change: Change) -> Result<()> {
+        let told = self.record.state.apply(change).map_err(|error| Error::conflict(error.to_string()))?;
+        debug_assert!(told.is_empty());
+        Ok(())
+    }
+
+    async fn set_restart_policy(&mut self, policy: RestartPolicy) -> Result<()> {
+        if self.record.host_config.auto_remove && Policy::parse(&policy)? != Policy::No {
+            return Err(Error::conflict(
+                "Restart policy cannot be updated because AutoRemove is enabled for the container",
+            ));
+        }
+        let before = std::mem::replace(&mut self.record.host_config.restart_policy, policy);
+        if let Err(error) = self.save().await {
+            self.record.host_config.restart_policy = before;
+            return Err(error);
+        }
+        Ok(())
+    }
+
     async fn save(&self) -> Result<()> {
         self.core.store.put(self.record.id.as_str(), self.record.encode()).await?;
         self.container.publish(Arc::new(self.record.clone()), false);
@@ -506,6 +531,7 @@ impl Actor {
             Told::Pause => self.tell("pause", BTreeMap::new()),
             Told::Unpause => self.tell("unpause", BTreeMap::new()),
             Told::Oom => self.tell("oom", BTreeMap::new()),
+            Told::Stop => self.tell("stop", BTreeMap::new()),
             Told::Die => {
                 let mut attributes = attributes.clone();
                 attributes.insert("exitCode".to_owned(), self.record.state.exit_code.to_string());
@@ -519,6 +545,13 @@ impl Actor {
         attributes.extend(further);
         self.core.events.container(action, self.record.id.as_str(), &self.record.config.image, attributes);
         tracing::info!(action, name = %self.record.name, "container");
+    }
+}
+
+async fn until(moment: Option<tokio::time::Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -89,7 +89,7 @@ pub(crate) struct LogConfig {
     pub(crate) config: BTreeMap<String, String>,
 }
 
-/// When to start again; only `no` is supported.
+/// When to start again; [`super::restart`] reads it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 pub(crate) struct RestartPolicy {

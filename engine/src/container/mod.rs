@@ -11,6 +11,7 @@ pub(crate) mod options;
 pub(crate) mod record;
 pub(crate) mod refused;
 pub(crate) mod registry;
+pub(crate) mod restart;
 pub(crate) mod signal;
 pub(crate) mod spec;
 pub(crate) mod state;
@@ -30,6 +31,7 @@ use crate::{
     timings::Trace,
 };
 use actor::Message;
+use config::RestartPolicy;
 use options::LogKind;
 use record::{ContainerId, Record};
 use state::Status;
@@ -37,6 +39,17 @@ use state::Status;
 /// How long a container may take to die of SIGKILL.
 const KILL_TIME: Duration = Duration::from_secs(10);
 const INBOX: usize = 64;
+
+/// How a container is asked to end.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Stop {
+    /// Instead of the container's own.
+    pub(crate) signal: Option<u8>,
+    /// Instead of the container's own; seconds, negative is for ever.
+    pub(crate) timeout: Option<i64>,
+    /// A client wants it, and not the end of the daemon.
+    pub(crate) by_user: bool,
+}
 
 /// What waiters wait for.
 #[derive(Debug, Clone)]
@@ -112,6 +125,11 @@ impl Container {
         self.lifecycle.subscribe()
     }
 
+    /// Docker's idea of a running container.
+    pub(crate) fn is_active(&self) -> bool {
+        self.lifecycle.borrow().status.is_active()
+    }
+
     pub(crate) fn is_running(&self) -> bool {
         self.lifecycle.borrow().status.is_running()
     }
@@ -134,8 +152,17 @@ impl Container {
         self.ask(|answer| Message::Start { asked, answer }).await
     }
 
+    /// Sends a signal for a client. One that is meant to end it also ends its restarts, which Docker makes every signal do.
+    pub(crate) async fn kill_with(&self, signal: u8) -> Result<()> {
+        let restarting = self.lifecycle.borrow().status == Status::Restarting;
+        if signal == signal::SIGKILL || signal == self.record().stop_signal() {
+            self.ask(|answer| Message::StopAsked { by_user: true, answer }).await?;
+        }
+        if restarting && !self.is_running() { Ok(()) } else { self.signal(signal).await }
+    }
+
     /// Sends its first process a signal.
-    pub(crate) async fn signal(&self, signal: u8) -> Result<()> {
+    async fn signal(&self, signal: u8) -> Result<()> {
         self.ask(|answer| Message::Signal { signal, answer }).await
     }
 
@@ -154,14 +181,21 @@ impl Container {
     }
 
     /// Asks it to end; after the timeout (seconds; negative is for ever), kills it. Returns when it has ended.
-    pub(crate) async fn stop(&self, signal: Option<u8>, timeout: Option<i64>) -> Result<()> {
+    pub(crate) async fn stop(&self, stop: Stop) -> Result<()> {
         let record = self.record();
-        if !self.is_running() {
+        let (active, exits) = {
+            let lifecycle = self.lifecycle.borrow();
+            (lifecycle.status.is_active(), lifecycle.exits)
+        };
+        if !active {
             return Err(Error::not_modified());
         }
-        let exits = self.lifecycle.borrow().exits;
-        let timeout = timeout.unwrap_or_else(|| record.stop_timeout());
-        self.signal_if_running(signal.unwrap_or_else(|| record.stop_signal())).await?;
+        self.ask(|answer| Message::StopAsked { by_user: stop.by_user, answer }).await?;
+        if !self.is_running() {
+            return Ok(());
+        }
+        let timeout = stop.timeout.unwrap_or_else(|| record.stop_timeout());
+        self.signal_if_running(stop.signal.unwrap_or_else(|| record.stop_signal())).await?;
         let ended = self.exited_since(exits);
         match u64::try_from(timeout) {
             Err(_) => ended.await,
@@ -176,13 +210,32 @@ impl Container {
         Ok(())
     }
 
+    /// Stops it if it runs, and starts it.
+    pub(crate) async fn restart(&self, stop: Stop) -> Result<()> {
+        match self.stop(stop).await {
+            Err(error) if error.kind() != Kind::NotModified => return Err(error),
+            _ => {}
+        }
+        self.start(Instant::now()).await?;
+        self.tell(Message::Tell { action: "restart" }).await;
+        Ok(())
+    }
+
     /// Kills it if it runs, and waits for its end.
     pub(crate) async fn kill(&self) -> Result<()> {
-        let (running, exits) = {
+        let (active, exits) = {
             let lifecycle = self.lifecycle.borrow();
-            (lifecycle.status.is_running(), lifecycle.exits)
+            (lifecycle.status.is_active(), lifecycle.exits)
         };
-        if running { self.kill_and_wait(exits).await } else { Ok(()) }
+        if !active {
+            return Ok(());
+        }
+        self.ask(|answer| Message::StopAsked { by_user: true, answer }).await?;
+        if self.is_running() { self.kill_and_wait(exits).await } else { Ok(()) }
+    }
+
+    pub(crate) async fn set_restart_policy(&self, policy: RestartPolicy) -> Result<()> {
+        self.ask(|answer| Message::SetRestartPolicy { policy, answer }).await
     }
 
     /// Removes it; with `force`, kills it first.

@@ -10,7 +10,9 @@ use serde_json::{Map, Value};
 use super::{
     capability,
     config::{Config, HostConfig, LogConfig, Ulimit, env_name},
-    refused, signal,
+    refused,
+    restart::Policy,
+    signal,
 };
 use crate::{
     error::{Error, Result},
@@ -161,10 +163,10 @@ fn check_network(mode: &str) -> Result<()> {
 }
 
 fn check_restart_policy(host_config: &HostConfig) -> Result<()> {
-    match host_config.restart_policy.name.as_str() {
-        "" | "no" => Ok(()),
-        other => Err(refused::missing(&format!("--restart {other}"), "HostConfig.RestartPolicy")),
+    if Policy::parse(&host_config.restart_policy)? != Policy::No && host_config.auto_remove {
+        return Err(Error::invalid("can't create 'AutoRemove' container with restart policy"));
     }
+    Ok(())
 }
 
 /// Which log a container has.
@@ -451,11 +453,12 @@ mod tests {
             r#"{"CapAdd":["FLY"]}"#,
             r#"{"LogConfig":{"Type":"json-file","Config":{"max-size":"big"}}}"#,
             r#"{"ExtraHosts":["a:b"]}"#,
+            r#"{"RestartPolicy":{"Name":"sometimes"}}"#,
+            r#"{"RestartPolicy":{"Name":"always"},"AutoRemove":true}"#,
         ] {
             assert_eq!(host(bad).unwrap_err().status(), 400, "{bad}");
         }
         for missing in [
-            r#"{"RestartPolicy":{"Name":"always"}}"#,
             r#"{"NetworkMode":"host"}"#,
             r#"{"SecurityOpt":["seccomp=unconfined"]}"#,
             r#"{"LogConfig":{"Type":"syslog"}}"#,

@@ -89,6 +89,14 @@ pub(super) fn check_host_config(members: &Map<String, Value>) -> Result<()> {
     check(members, HOST_CONFIG, "HostConfig.")
 }
 
+/// Refuses limits, which a container keeps for life.
+pub(crate) fn check_update(members: &Map<String, Value>) -> Result<()> {
+    match members.iter().find(|(_, value)| !is_empty(value)) {
+        Some((member, _)) => Err(missing("changing limits of a container", member)),
+        None => Ok(()),
+    }
+}
+
 /// Refuses what cannot be given of an exec's configuration.
 pub(crate) fn check_exec(members: &Map<String, Value>) -> Result<()> {
     check(members, EXEC, "")

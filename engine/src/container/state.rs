@@ -5,6 +5,10 @@
 //!                   pause ▲│ unpause
 //!                         │▼
 //!  created ──start──▶ running, paused ──exit, loss──▶ exited ──start──▶ running …
+//!     │                 │   ▲                         ▲  │
+//!     │      exit, loss │   │ start                   │  │
+//!     │                 ▼   │                         │  │
+//!     │               restarting ──stop, start fails──┘  │
 //!     │                                                  │
 //!     └────────────remove──▶ removing ◀──remove──────────┘        (removing ──failure──▶ dead ──remove──▶ removing)
 //! ```
@@ -27,6 +31,8 @@ pub(crate) enum Status {
     Running,
     /// It runs, but all its processes stand still.
     Paused,
+    /// It has ended and will be started again in a moment.
+    Restarting,
     Exited,
     Removing,
     Dead,
@@ -39,6 +45,7 @@ impl Status {
             Self::Created => "created",
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::Restarting => "restarting",
             Self::Exited => "exited",
             Self::Removing => "removing",
             Self::Dead => "dead",
@@ -50,8 +57,13 @@ impl Status {
         matches!(self, Self::Running | Self::Paused)
     }
 
+    /// What Docker's clients call running: it has a process or soon will have one.
+    pub(crate) fn is_active(self) -> bool {
+        self.is_running() || self == Self::Restarting
+    }
+
     pub(crate) fn can_start(self) -> bool {
-        matches!(self, Self::Created | Self::Exited)
+        matches!(self, Self::Created | Self::Exited | Self::Restarting)
     }
 
     pub(crate) fn can_remove(self) -> bool {
@@ -66,14 +78,18 @@ pub(crate) enum Change {
     Started { pid: u32, at: UnixNanos },
     /// It could not be started; it stays where it was, with this exit code.
     StartFailed { exit_code: i32, error: String },
-    /// Its first process has ended, and all its output is delivered.
-    Exited(ExitStatus),
     /// Its processes stand still.
     Paused,
     /// They run on.
     Unpaused,
+    /// Its first process has ended, and all its output is delivered. If it `restarts`, another run follows.
+    Exited { status: ExitStatus, restarts: bool },
     /// Its sandbox or the knowledge of its end is gone.
-    Lost { reason: String, at: UnixNanos },
+    Lost { reason: String, at: UnixNanos, restarts: bool },
+    /// Someone wants it to end, or does not want it to be started again.
+    StopAsked { by_user: bool },
+    /// Someone wants it to run: what was known of earlier stops and restarts does not count any more.
+    StartAsked,
     /// It is being removed.
     Removing,
     /// Removing it failed half way.
@@ -88,6 +104,7 @@ pub(crate) enum Told {
     Unpause,
     Oom,
     Die,
+    Stop,
 }
 
 /// A change that is no arrow of the diagram.
@@ -110,6 +127,15 @@ pub(crate) struct State {
     pub(crate) finished: Option<UnixNanos>,
     /// How often it has ended.
     pub(crate) exits: u64,
+    /// How often its restart policy has started it again since someone started it.
+    #[serde(default)]
+    pub(crate) restarts: u64,
+    /// Someone wants it to end: no restart follows.
+    #[serde(default)]
+    pub(crate) stop_asked: bool,
+    /// Someone stopped it, and has not started it again.
+    #[serde(default)]
+    pub(crate) stopped_by_user: bool,
 }
 
 impl State {
@@ -124,6 +150,9 @@ impl State {
             started: None,
             finished: None,
             exits: 0,
+            restarts: 0,
+            stop_asked: false,
+            stopped_by_user: false,
         }
     }
 
@@ -134,25 +163,29 @@ impl State {
             Change::Started { .. } | Change::StartFailed { .. } if !self.status.can_start() => {
                 illegal("started")
             }
-            Change::Exited(_) | Change::Lost { .. } if !self.status.is_running() => illegal("ended"),
             Change::Paused if self.status != Status::Running => illegal("paused"),
             Change::Unpaused if self.status != Status::Paused => illegal("unpaused"),
+            Change::Exited { .. } | Change::Lost { .. } if !self.status.is_running() => illegal("ended"),
+            Change::StopAsked { .. } if !self.status.is_active() => illegal("stopped"),
+            Change::StartAsked if !self.status.can_start() => illegal("started"),
             Change::Removing if !self.status.can_remove() => illegal("removed"),
             Change::RemoveFailed { .. } if self.status != Status::Removing => illegal("given up"),
             Change::Started { pid, at } => {
-                let exits = self.exits;
-                let finished = self.finished;
                 *self = Self {
                     status: Status::Running,
                     pid,
                     started: Some(at),
-                    finished,
-                    exits,
+                    finished: self.finished,
+                    exits: self.exits,
+                    restarts: self.restarts,
                     ..Self::created()
                 };
                 Ok(&[Told::Start])
             }
             Change::StartFailed { exit_code, error } => {
+                if self.status == Status::Restarting {
+                    self.status = Status::Exited;
+                }
                 self.exit_code = exit_code;
                 self.error = error;
                 Ok(&[])
@@ -165,15 +198,34 @@ impl State {
                 self.status = Status::Running;
                 Ok(&[Told::Unpause])
             }
-            Change::Exited(status) => {
-                self.ended(i32::from(status.code), UnixNanos::from_u64(status.finished_unix_nanos));
+            Change::Exited { status, restarts } => {
+                self.ended(i32::from(status.code), UnixNanos::from_u64(status.finished_unix_nanos), restarts);
                 self.oom_killed = status.oom_killed;
-                Ok(if status.oom_killed { &[Told::Oom, Told::Die] } else { &[Told::Die] })
+                Ok(match (status.oom_killed, self.stop_asked) {
+                    (false, false) => &[Told::Die],
+                    (false, true) => &[Told::Die, Told::Stop],
+                    (true, false) => &[Told::Oom, Told::Die],
+                    (true, true) => &[Told::Oom, Told::Die, Told::Stop],
+                })
             }
-            Change::Lost { reason, at } => {
-                self.ended(LOST_EXIT, at);
+            Change::Lost { reason, at, restarts } => {
+                self.ended(LOST_EXIT, at, restarts);
                 self.error = reason;
-                Ok(&[Told::Die])
+                Ok(if self.stop_asked { &[Told::Die, Told::Stop] } else { &[Told::Die] })
+            }
+            Change::StopAsked { by_user } => {
+                self.stopped_by_user |= by_user;
+                if self.status.is_running() {
+                    self.stop_asked = true;
+                    return Ok(&[]);
+                }
+                self.status = Status::Exited;
+                Ok(&[Told::Stop])
+            }
+            Change::StartAsked => {
+                self.restarts = 0;
+                self.stopped_by_user = false;
+                Ok(&[])
             }
             Change::Removing => {
                 self.status = Status::Removing;
@@ -187,8 +239,9 @@ impl State {
         }
     }
 
-    fn ended(&mut self, exit_code: i32, at: UnixNanos) {
-        self.status = Status::Exited;
+    fn ended(&mut self, exit_code: i32, at: UnixNanos, restarts: bool) {
+        self.status = if restarts { Status::Restarting } else { Status::Exited };
+        self.restarts += u64::from(restarts);
         self.pid = 0;
         self.exit_code = exit_code;
         self.finished = Some(at);
@@ -202,16 +255,23 @@ mod tests {
 
     use super::*;
 
-    fn exit(code: u8, oom_killed: bool) -> Change {
-        Change::Exited(ExitStatus { code, oom_killed, finished_unix_nanos: 7 })
+    fn exit(code: u8, oom_killed: bool, restarts: bool) -> Change {
+        Change::Exited { status: ExitStatus { code, oom_killed, finished_unix_nanos: 7 }, restarts }
     }
 
-    fn changes() -> [Change; 8] {
+    fn lost() -> Change {
+        Change::Lost { reason: "gone".to_owned(), at: UnixNanos(2), restarts: false }
+    }
+
+    fn changes() -> [Change; 11] {
         [
             Change::Started { pid: 1, at: UnixNanos(1) },
             Change::StartFailed { exit_code: 127, error: "no".to_owned() },
-            exit(3, false),
-            Change::Lost { reason: "gone".to_owned(), at: UnixNanos(2) },
+            exit(3, false, false),
+            exit(3, false, true),
+            lost(),
+            Change::StopAsked { by_user: true },
+            Change::StartAsked,
             Change::Removing,
             Change::RemoveFailed { error: "busy".to_owned() },
             Change::Paused,
@@ -222,20 +282,24 @@ mod tests {
     #[test]
     fn only_the_arrows_of_the_diagram_are_legal() {
         use Status::*;
+        // Started, start failed, exited, exited to restart, lost, stop asked, start asked, removing, removal failed, paused,
+        // unpaused.
         let table = [
-            (Created, [Some(Running), Some(Created), None, None, Some(Removing), None, None, None]),
-            (Running, [None, None, Some(Exited), Some(Exited), None, None, Some(Paused), None]),
-            (Paused, [None, None, Some(Exited), Some(Exited), None, None, None, Some(Running)]),
-            (Exited, [Some(Running), Some(Exited), None, None, Some(Removing), None, None, None]),
-            (Removing, [None, None, None, None, None, Some(Dead), None, None]),
-            (Dead, [None, None, None, None, Some(Removing), None, None, None]),
+            (Created, "running created - - - - created removing - - -"),
+            (Running, "- - exited restarting exited running - - - paused -"),
+            (Paused, "- - exited restarting exited paused - - - - running"),
+            (Restarting, "running exited - - - exited restarting - - - -"),
+            (Exited, "running exited - - - - exited removing - - -"),
+            (Removing, "- - - - - - - - dead - -"),
+            (Dead, "- - - - - - - removing - - -"),
         ];
         for (from, expected) in table {
-            for (change, expected) in changes().into_iter().zip(expected) {
+            for (change, expected) in changes().into_iter().zip(expected.split(' ')) {
                 let mut state = State { status: from, ..State::created() };
                 let result = state.apply(change.clone());
-                assert_eq!(result.is_ok(), expected.is_some(), "{from:?} {change:?}");
-                assert_eq!(state.status, expected.unwrap_or(from), "{from:?} {change:?}");
+                assert_eq!(result.is_ok(), expected != "-", "{from:?} {change:?}");
+                let expected = if expected == "-" { from.name() } else { expected };
+                assert_eq!(state.status.name(), expected, "{from:?} {change:?}");
             }
         }
     }
@@ -244,17 +308,36 @@ mod tests {
     fn an_exit_keeps_its_code_until_the_next_start() {
         let mut state = State::created();
         assert_eq!(state.apply(Change::Started { pid: 9, at: UnixNanos(1) }).unwrap(), [Told::Start]);
-        assert_eq!(state.apply(exit(137, true)).unwrap(), [Told::Oom, Told::Die]);
+        assert_eq!(state.apply(exit(137, true, false)).unwrap(), [Told::Oom, Told::Die]);
         assert_eq!((state.exit_code, state.oom_killed, state.pid, state.exits), (137, true, 0, 1));
         state.apply(Change::Started { pid: 9, at: UnixNanos(1) }).unwrap();
         assert_eq!((state.exit_code, state.oom_killed, state.exits), (0, false, 1));
-        state.apply(Change::Lost { reason: "gone".to_owned(), at: UnixNanos(2) }).unwrap();
+        state.apply(lost()).unwrap();
         assert_eq!((state.exit_code, state.error.as_str()), (255, "gone"));
+    }
+
+    #[test]
+    fn restarts_are_counted_until_someone_starts_it_by_hand() {
+        let started = || Change::Started { pid: 9, at: UnixNanos(1) };
+        let mut state = State::created();
+        for _ in 0..3 {
+            state.apply(started()).unwrap();
+            assert_eq!(state.apply(exit(1, false, true)).unwrap(), [Told::Die]);
+        }
+        assert_eq!((state.restarts, state.status), (3, Status::Restarting));
+        assert_eq!(state.apply(Change::StopAsked { by_user: true }).unwrap(), [Told::Stop]);
+        assert!(state.stopped_by_user && state.status == Status::Exited);
+        state.apply(Change::StartAsked).unwrap();
+        assert!(state.restarts == 0 && !state.stopped_by_user);
+        state.apply(started()).unwrap();
+        assert!(state.apply(Change::StopAsked { by_user: false }).unwrap().is_empty());
+        assert_eq!(state.apply(exit(0, false, false)).unwrap(), [Told::Die, Told::Stop]);
+        assert!(!state.stopped_by_user);
     }
 
     proptest! {
         #[test]
-        fn a_running_container_has_a_pid_and_no_other_has(steps in proptest::collection::vec(0usize..8, 0..40)) {
+        fn a_running_container_has_a_pid_and_no_other_has(steps in proptest::collection::vec(0usize..11, 0..40)) {
             let mut state = State::created();
             for step in steps {
                 let _ = state.apply(changes()[step].clone());

@@ -302,6 +302,10 @@ pub(crate) fn check_container(record: &Record) -> Result<()> {
 
 /// Docker's words for a container that does not run.
 pub(crate) fn not_running(record: &Record) -> Error {
+    if record.state.status == Status::Restarting {
+        let id = &record.id;
+        return Error::conflict(format!("Container {id} is restarting, wait until the container is running"));
+    }
     Error::conflict(format!("container {} is not running", record.id))
 }
 

@@ -2,7 +2,9 @@
 
 use super::{Request, Response};
 use crate::{
-    api::{attach, containers, create, events, exec, images, load, logs, private, prune, system, wait},
+    api::{
+        attach, containers, create, events, exec, images, load, logs, private, prune, system, update, wait,
+    },
     error::{Error, Result},
 };
 
@@ -45,6 +47,7 @@ pub(super) async fn route(request: Request) -> Result<Response> {
         ("POST", ["containers", id, "wait"]) => wait::wait(&request, id),
         ("POST", ["containers", id, "pause"]) => containers::pause(&request, id).await,
         ("POST", ["containers", id, "unpause"]) => containers::unpause(&request, id).await,
+        ("POST", ["containers", id, "update"]) => update::update(request, id).await,
         ("POST", ["containers", id, "rename"]) => containers::rename(&request, id).await,
         ("POST", ["containers", id, "resize"]) => containers::resize(&request, id).await,
         ("GET", ["containers", id, "logs"]) => logs::logs(&request, id),
@@ -95,9 +98,6 @@ fn missing(method: &str, path: &[&str]) -> Error {
             "committing containers is not supported by Coracle yet: build an image elsewhere and use `docker load`"
         }
         ("POST", ["build", "prune"]) => "there is no build cache to prune in Coracle yet",
-        ("POST", ["containers", _, "update"]) => {
-            "changing limits of a container is not supported by Coracle yet: create it anew"
-        }
         ("GET", ["containers", _, "top"]) => {
             "listing processes is not supported by Coracle yet: use `docker exec CONTAINER ps`"
         }
