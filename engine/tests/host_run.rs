@@ -175,7 +175,6 @@ fn options_that_are_not_there_yet_are_refused_by_name() {
         &["--dns-search", "a"],
         &["--dns-option", "a"],
         &["--link", "other"],
-        &["--health-cmd", "true"],
         &["--privileged"],
         &["--pid", "host"],
         &["--ipc", "host"],

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{list, refuse, to_its_end};
 use crate::{
-    container::{Container, Stop, record::Record, signal, state::Status},
+    container::{Container, Stop, health::Health, record::Record, signal, state::Status},
     error::{Error, Result},
     exec::not_running,
     http::{Request, Response, body},
@@ -137,7 +137,7 @@ fn describe(container: &Arc<Container>, execs: &[String]) -> Value {
         "Created": record.created.rfc3339(),
         "Path": command.first(),
         "Args": command.get(1..).unwrap_or_default(),
-        "State": state(&record),
+        "State": state(&record, container.health().as_ref()),
         "Image": record.image().to_string(),
         "ResolvConfPath": "",
         "HostnamePath": "",
@@ -168,9 +168,9 @@ fn describe(container: &Arc<Container>, execs: &[String]) -> Value {
     })
 }
 
-fn state(record: &Record) -> Value {
+fn state(record: &Record, health: Option<&Health>) -> Value {
     let state = &record.state;
-    json!({
+    let mut value = json!({
         "Status": state.status.name(),
         "Running": state.status.is_active(),
         "Paused": state.status == Status::Paused,
@@ -182,7 +182,11 @@ fn state(record: &Record) -> Value {
         "Error": state.error,
         "StartedAt": or_never(state.started),
         "FinishedAt": or_never(state.finished),
-    })
+    });
+    if let Some(health) = health {
+        value["Health"] = health.describe();
+    }
+    value
 }
 
 fn config(record: &Record) -> Value {

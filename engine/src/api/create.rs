@@ -159,12 +159,6 @@ fn warnings(config: &Config, host_config: &HostConfig, image: &Image) -> Vec<Str
     if !image.config.config.volumes.is_empty() {
         warnings.push("The image declares volumes, which Coracle does not have yet: their data lives in the container's writable layer.".to_owned());
     }
-    let check = image.config.config.healthcheck.as_ref();
-    if check.is_some_and(|check| {
-        check["Test"].as_array().is_some_and(|test| !test.is_empty() && test[0] != "NONE")
-    }) {
-        warnings.push("The image declares a health check, which Coracle does not run yet.".to_owned());
-    }
     warnings
 }
 

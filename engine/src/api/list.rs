@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::{
-    container::{record::Record, state::Status},
+    container::{Container, health::HealthStatus, record::Record, state::Status},
     core::Core,
     error::{Error, Result},
     http::{filters::Filters, query::Query},
@@ -41,9 +41,10 @@ pub(super) fn select(core: &Core, query: &Query) -> Result<Vec<Value>> {
         let fits = (everything || record.state.status.is_active())
             && before.is_none_or(|before| record.created < before)
             && since.is_none_or(|since| record.created > since)
-            && matches(&record, &filters);
+            && matches(&record, &filters)
+            && filters.any("health", |wanted| wanted == health_name(&container));
         if fits {
-            summaries.push(summary(&record));
+            summaries.push(summary(&container));
         }
         if limit.is_some_and(|limit| summaries.len() >= limit) {
             break;
@@ -64,6 +65,13 @@ fn check(filters: &Filters) -> Result<()> {
     if let Some(bad) = filters.values("exited").iter().find(|code| code.parse::<i32>().is_err()) {
         return Err(Error::invalid(format!(
             "invalid filter 'exited={}'",
+            bad.chars().take(40).collect::<String>()
+        )));
+    }
+    let healths = ["starting", "healthy", "unhealthy", "none"];
+    if let Some(bad) = filters.values("health").iter().find(|health| !healths.contains(&health.as_str())) {
+        return Err(Error::invalid(format!(
+            "invalid filter 'health={}'",
             bad.chars().take(40).collect::<String>()
         )));
     }
@@ -92,8 +100,11 @@ pub(super) fn matches(record: &Record, filters: &Filters) -> bool {
         })
         && filters.any("ancestor", ancestor)
         && filters.any("network", |wanted| wanted == network(record))
-        && filters.any("health", |wanted| wanted == "none")
         && filters.labels("label", |name| record.config.labels.get(name).map(String::as_str))
+}
+
+fn health_name(container: &Container) -> &'static str {
+    container.health().map_or("none", |health| health.status.name())
 }
 
 /// Docker takes a regular expression; what people write is a part of a name, with `^` and `$` at most.
@@ -119,7 +130,8 @@ fn network(record: &Record) -> &str {
 }
 
 /// One entry of the list.
-pub(crate) fn summary(record: &Record) -> Value {
+pub(crate) fn summary(container: &Container) -> Value {
+    let record = &container.record();
     let state = &record.state;
     json!({
         "Id": record.id.as_str(),
@@ -131,7 +143,7 @@ pub(crate) fn summary(record: &Record) -> Value {
         "Ports": [],
         "Labels": record.config.labels,
         "State": state.status.name(),
-        "Status": status_line(record),
+        "Status": status_line(record, container.health().map(|health| health.status)),
         "HostConfig": { "NetworkMode": record.host_config.network_mode },
         "NetworkSettings": { "Networks": {} },
         "Mounts": [],
@@ -145,14 +157,18 @@ fn command_line(record: &Record) -> String {
     record.config.command().iter().map(quoted).collect::<Vec<_>>().join(" ")
 }
 
-fn status_line(record: &Record) -> String {
+fn status_line(record: &Record, health: Option<HealthStatus>) -> String {
     let now = UnixNanos::now();
     let ago =
         |time: Option<UnixNanos>| human_span(time.map_or(0, |time| now.0.saturating_sub(time.0).max(0)));
     let state = &record.state;
     match state.status {
         Status::Created => "Created".to_owned(),
-        Status::Running => format!("Up {}", ago(state.started)),
+        Status::Running => match health {
+            None => format!("Up {}", ago(state.started)),
+            Some(HealthStatus::Starting) => format!("Up {} (health: starting)", ago(state.started)),
+            Some(health) => format!("Up {} ({})", ago(state.started), health.name()),
+        },
         Status::Paused => format!("Up {} (Paused)", ago(state.started)),
         Status::Restarting => {
             format!("Restarting ({}) {} ago", state.exit_code, ago(state.finished))

@@ -153,7 +153,7 @@ pub(crate) async fn disk_usage(request: &Request) -> Result<Response> {
     let total: u64 = list.iter().map(|image| image.size).sum();
     let summaries: Vec<_> =
         list.iter().map(|image| super::images::summary(image, users(&image.id))).collect();
-    let containers: Vec<_> = all.iter().map(|container| super::list::summary(&container.record())).collect();
+    let containers: Vec<_> = all.iter().map(|container| super::list::summary(container)).collect();
     Ok(body::json(
         StatusCode::OK,
         &json!({

@@ -4,6 +4,7 @@
 //! this container's own record untrue.
 
 mod end;
+mod probing;
 
 use std::{
     collections::BTreeMap,
@@ -101,6 +102,9 @@ struct Actor {
     run: u64,
     /// Ends what belongs to a run and not to its output.
     run_over: CancellationToken,
+    /// Ends the probes of its health, while there are any.
+    probing: Option<CancellationToken>,
+    probed_run: u64,
     backoff: Backoff,
     /// When it is to be started again, while it waits for that.
     restart_due: Option<tokio::time::Instant>,
@@ -116,6 +120,8 @@ pub(crate) fn spawn(core: &Arc<Core>, record: Record) -> Result<Arc<Container>, 
         record,
         run: 0,
         run_over: CancellationToken::new(),
+        probing: None,
+        probed_run: 0,
         backoff: Backoff::default(),
         restart_due: None,
         removed: false,
@@ -476,6 +482,7 @@ impl Actor {
             Err(error) => tracing::error!(%error, "cannot read the image of a container that runs"),
         }
         self.attend(&host, process.acknowledged);
+        self.follow_with_probes();
     }
 
     /// Makes a change, writes it down, and only then lets everyone know.
@@ -495,6 +502,7 @@ impl Actor {
         for event in told {
             self.tell_told(*event, &attributes);
         }
+        self.follow_with_probes();
         Ok(())
     }
 

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use coracle_image_store::config::ContainerConfig as ImageConfig;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::health::Healthcheck;
 use crate::error::{Error, Result};
 
 /// A JSON object without members, as Docker writes the elements of sets.
@@ -42,6 +43,8 @@ pub(crate) struct Config {
     pub(crate) stop_signal: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) stop_timeout: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) healthcheck: Option<Healthcheck>,
 }
 
 /// Docker's `HostConfig`.
@@ -153,6 +156,9 @@ impl Config {
             self.stop_signal = image.stop_signal.clone().filter(|signal| !signal.is_empty());
         }
         self.stop_timeout = self.stop_timeout.or(image.stop_timeout);
+        if let Some(declared) = Healthcheck::of_image(image) {
+            self.healthcheck.get_or_insert_default().fill(&declared);
+        }
         if self.command().is_empty() {
             return Err(Error::invalid("no command specified"));
         }

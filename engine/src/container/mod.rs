@@ -6,6 +6,7 @@
 pub(crate) mod actor;
 pub(crate) mod capability;
 pub(crate) mod config;
+pub(crate) mod health;
 pub(crate) mod names;
 pub(crate) mod options;
 pub(crate) mod record;
@@ -32,6 +33,7 @@ use crate::{
 };
 use actor::Message;
 use config::RestartPolicy;
+use health::{Health, HealthStatus};
 use options::LogKind;
 use record::{ContainerId, Record};
 use state::Status;
@@ -83,6 +85,8 @@ pub(crate) struct Container {
     pub(crate) fanout: Arc<Fanout>,
     pub(crate) stdin: StdinPort,
     log: Option<Arc<Log>>,
+    /// In memory only: a daemon that was restarted has yet to find out.
+    health: Mutex<Option<Health>>,
     trace: Mutex<Option<Arc<Trace>>>,
 }
 
@@ -106,6 +110,7 @@ impl Container {
             fanout: Arc::default(),
             stdin: StdinPort::new(),
             log,
+            health: Mutex::default(),
             trace: Mutex::default(),
         };
         Ok((Arc::new(container), messages))
@@ -137,6 +142,28 @@ impl Container {
     /// Its log, if it has one that can be read.
     pub(crate) fn log(&self) -> Option<&Arc<Log>> {
         self.log.as_ref()
+    }
+
+    /// What its probes say, if it has a health check and was started.
+    pub(crate) fn health(&self) -> Option<Health> {
+        self.health.lock().expect("no holder panics").clone()
+    }
+
+    /// As [`Container::health`], in a word.
+    pub(crate) fn health_status(&self) -> HealthStatus {
+        let health = self.health.lock().expect("no holder panics");
+        health.as_ref().map_or(HealthStatus::Starting, |health| health.status)
+    }
+
+    /// Its probes begin anew.
+    pub(crate) fn reset_health(&self) {
+        let mut health = self.health.lock().expect("no holder panics");
+        *health = Some(Health::starting(health.take()));
+    }
+
+    /// Changes what is known of its health, if anything is.
+    pub(crate) fn update_health<T>(&self, change: impl FnOnce(&mut Health) -> T) -> Option<T> {
+        self.health.lock().expect("no holder panics").as_mut().map(change)
     }
 
     pub(crate) fn trace(&self) -> Option<Arc<Trace>> {

@@ -73,6 +73,9 @@ impl CreateRequest {
         if let Some(text) = config.stop_signal.as_deref().filter(|text| !text.is_empty()) {
             signal::parse(text)?;
         }
+        if let Some(check) = &config.healthcheck {
+            check.check()?;
+        }
         check_network(&host_config.network_mode)?;
         check_restart_policy(host_config)?;
         check_log(&host_config.log_config)?;

@@ -24,7 +24,6 @@ const fn unless(member: &'static str, option: &'static str, harmless: &'static [
 
 const CONFIG: &[Refused] = &[
     no("ArgsEscaped", "ArgsEscaped"),
-    unless("Healthcheck", "--health-cmd", &[r#"{"Test":["NONE"]}"#]),
     no("MacAddress", "--mac-address"),
     no("OnBuild", "ONBUILD"),
     no("Shell", "SHELL"),
@@ -190,8 +189,6 @@ mod tests {
     fn a_volume_is_refused_although_its_value_is_an_empty_object() {
         assert!(check_config(&object(r#"{"Volumes":{}}"#)).is_ok());
         assert!(check_config(&object(r#"{"Volumes":{"/data":{}}}"#)).is_err());
-        assert!(check_config(&object(r#"{"Healthcheck":{"Test":["NONE"]}}"#)).is_ok());
-        assert!(check_config(&object(r#"{"Healthcheck":{"Test":["CMD","true"]}}"#)).is_err());
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! They live in memory only: a daemon that was restarted lets them run on, but knows nothing of them, as Docker does.
 
+pub(crate) mod probe;
+
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex},
@@ -133,6 +135,11 @@ impl Execs {
         let live =
             by_id.values().filter(|exec| exec.container.id() == container && exec.state().ended.is_none());
         live.map(|exec| exec.id.to_string()).collect()
+    }
+
+    /// Forgets one that no one will ask for.
+    pub(crate) fn forget(&self, id: &ProcessId) {
+        self.by_id.lock().expect("no holder panics").remove(id);
     }
 
     /// A container has ended: execs that were not started never will be.
