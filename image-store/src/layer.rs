@@ -13,10 +13,10 @@ use crate::erofs::ImageOutput;
 use crate::erofs::convert::{self, ConvertError};
 use crate::pipeline::{self, StageReader};
 use crate::recipe::RecipeWriter;
-use crate::tarball::{self, TarError, TarStream};
+use coracle_tarball::{TarError, TarStream};
 
 /// As much of a stream as is needed to tell what it is.
-pub(crate) const HEAD: usize = tarball::BLOCK;
+pub(crate) const HEAD: usize = coracle_tarball::BLOCK;
 
 /// How a stream is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +34,7 @@ impl Packing {
             [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Self::Zstd),
             // A skippable frame, which may come first.
             [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Some(Self::Zstd),
-            _ if tarball::looks_like_tar(head) => Some(Self::Plain),
+            _ if coracle_tarball::looks_like_tar(head) => Some(Self::Plain),
             _ => None,
         }
     }

@@ -30,14 +30,13 @@ mod pipeline;
 mod recipe;
 mod reference;
 mod store;
-mod tarball;
 
 pub use archive::{ArchiveError, LoadProgress};
 pub use config::{ImageConfig, Platform};
+pub use coracle_tarball::TarError;
 pub use digest::{Digest, ImageId, InvalidDigest};
 pub use erofs::ConvertError;
 pub use layer::{ConvertedLayer, LayerError, convert_layer};
 pub use recipe::LayerTar;
 pub use reference::{InvalidReference, Reference};
 pub use store::{Error, ErrorKind, HistoryLine, Image, ImageStore, ImageSummary, Layer, Loaded, Removal};
-pub use tarball::TarError;

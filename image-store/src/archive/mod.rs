@@ -15,7 +15,7 @@ use crate::config::{ConfigError, ImageConfig};
 use crate::digest::Digest;
 use crate::layer::LayerError;
 use crate::reference::{InvalidReference, Reference};
-use crate::tarball::TarError;
+use coracle_tarball::TarError;
 
 pub use scan::LoadProgress;
 pub(crate) use scan::{Scan, scan};

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::{ArchiveError, check_digest};
 use crate::digest::Digest;
 use crate::layer::{self, ConvertedLayer, LayerError, NewLayer, Packing};
-use crate::tarball::{Entry, EntryKind, TarStream};
+use coracle_tarball::{Entry, EntryKind, TarStream};
 
 const BUFFER: usize = 256 * 1024;
 /// A manifest or config is a few kilobytes; Docker's registry limits them to 4 MiB.

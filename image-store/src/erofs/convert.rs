@@ -10,7 +10,7 @@ use super::tree::{Kind, Meta, Tree};
 use super::writer::{self, ImageOutput, ImageStats, ImageWriter};
 use super::xattr;
 use crate::recipe::RecipeWriter;
-use crate::tarball::{Entry, EntryKind, SparseMap, TarError, TarStream};
+use coracle_tarball::{Entry, EntryKind, SparseMap, TarError, TarStream};
 
 /// Marks of AUFS in tar streams, which OCI took over.
 const WHITEOUT: &[u8] = b".wh.";

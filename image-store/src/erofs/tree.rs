@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use super::format::{MODE_CHAR, MODE_DIR, MODE_REGULAR, MODE_SYMLINK};
 use super::path::LayerPath;
 use super::xattr;
-use crate::tarball::Mtime;
+use coracle_tarball::Mtime;
 
 /// An estimate of the bytes that a node takes besides its variable parts.
 const NODE_COST: usize = 160;

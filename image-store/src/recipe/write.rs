@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use super::{MARK, MAX_LITERAL, Step, expected_after, zigzag};
-use crate::tarball::Witness;
+use coracle_tarball::Witness;
 
 /// Quick; headers compress well whatever the level.
 const LEVEL: i32 = 1;

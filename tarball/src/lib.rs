@@ -1,20 +1,22 @@
 //! A streaming tar reader: ustar, pax and GNU headers (long names, sparse files), one pass, no seeking. The stream is
 //! untrusted: every number is range-checked, extended headers are bounded in size, and a stream that ends early is an
-//! error, never a short file. (The `tar` crate reads extended headers of any size into memory, so it only makes the
-//! fixtures of our tests.)
+//! error, never a short file. (The `tar` crate reads extended headers of any size into memory, and writes relative names
+//! only, so it only makes the fixtures of our tests.) And [`TarWriter`], whose entries can have any names.
 
 mod header;
 mod pax;
 mod sparse;
+mod writer;
 
 use std::io::{self, Read};
 
 use header::Header;
 use pax::PaxRecords;
-pub(crate) use sparse::SparseMap;
+pub use sparse::SparseMap;
+pub use writer::TarWriter;
 
 /// Size of a tar block.
-pub(crate) const BLOCK: usize = 512;
+pub const BLOCK: usize = 512;
 /// Extended headers and long names beyond this are refused, as Go's reader (and so Docker) does.
 const MAX_EXTENSION: u64 = 1 << 20;
 
@@ -42,13 +44,20 @@ pub enum TarError {
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum EntryKind {
+pub enum EntryKind {
+    /// A file with data.
     Regular,
+    /// Another name of an entry before it.
     HardLink,
+    /// A symbolic link.
     Symlink,
+    /// A character device.
     CharDevice,
+    /// A block device.
     BlockDevice,
+    /// A directory.
     Directory,
+    /// A named pipe.
     Fifo,
     /// A type flag that Docker refuses too.
     Other(u8),
@@ -56,34 +65,43 @@ pub(crate) enum EntryKind {
 
 /// Seconds and nanoseconds since the epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Mtime {
+pub struct Mtime {
     /// Seconds, negative before 1970.
-    pub(crate) seconds: i64,
+    pub seconds: i64,
     /// Nanoseconds forward from `seconds`.
-    pub(crate) nanoseconds: u32,
+    pub nanoseconds: u32,
 }
 
 /// One entry's metadata. The paths are raw bytes, exactly as in the stream.
-#[derive(Debug)]
-pub(crate) struct Entry {
-    pub(crate) path: Vec<u8>,
-    pub(crate) link: Vec<u8>,
-    pub(crate) kind: EntryKind,
-    pub(crate) mode: u16,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    pub(crate) mtime: Mtime,
-    pub(crate) device: (u32, u32),
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub path: Vec<u8>,
+    /// What a link refers to.
+    pub link: Vec<u8>,
+    /// What it is.
+    pub kind: EntryKind,
+    /// Permissions, with the set-id and sticky bits.
+    pub mode: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Time of the last change.
+    pub mtime: Mtime,
+    /// Major and minor number of a device.
+    pub device: (u32, u32),
     /// The file's size, holes included.
-    pub(crate) size: u64,
+    pub size: u64,
     /// Full names (`user.x`) and values, in the order of the stream.
-    pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     /// Where the stored bytes go, if the file has holes.
-    pub(crate) sparse: Option<SparseMap>,
+    pub sparse: Option<SparseMap>,
 }
 
 /// Sees the bytes of a tar stream that are not entries' data: headers, padding, what was skipped.
-pub(crate) trait Witness {
+pub trait Witness {
+    /// Some such bytes, in order.
     fn passed(&mut self, bytes: &[u8]);
 }
 
@@ -94,7 +112,7 @@ impl Witness for () {
 
 /// The reader. Call [`TarStream::next_entry`], read the entry's data through [`Read`], and so on; what was not read is
 /// skipped.
-pub(crate) struct TarStream<R, W = ()> {
+pub struct TarStream<R, W = ()> {
     inner: R,
     witness: W,
     offset: u64,
@@ -106,27 +124,30 @@ pub(crate) struct TarStream<R, W = ()> {
 }
 
 impl<R: Read> TarStream<R> {
-    pub(crate) fn new(inner: R) -> Self {
+    /// Reads from the beginning of a stream.
+    pub fn new(inner: R) -> Self {
         Self::with_witness(inner, ())
     }
 }
 
 impl<R: Read, W: Witness> TarStream<R, W> {
     /// All that is not read by [`TarStream::read_data`] passes before the witness.
-    pub(crate) fn with_witness(inner: R, witness: W) -> Self {
+    pub fn with_witness(inner: R, witness: W) -> Self {
         Self { inner, witness, offset: 0, remaining: 0, padding: 0, finished: false }
     }
 
-    pub(crate) fn witness(&mut self) -> &mut W {
+    /// The witness.
+    pub fn witness(&mut self) -> &mut W {
         &mut self.witness
     }
 
-    pub(crate) fn into_witness(self) -> W {
+    /// The witness, at the end.
+    pub fn into_witness(self) -> W {
         self.witness
     }
 
     /// Reads what follows the end-of-archive mark, to the stream's end.
-    pub(crate) fn drain(&mut self) -> Result<(), TarError> {
+    pub fn drain(&mut self) -> Result<(), TarError> {
         let mut scratch = [0; 16 * 1024];
         loop {
             match self.inner.read(&mut scratch) {
@@ -138,7 +159,7 @@ impl<R: Read, W: Witness> TarStream<R, W> {
     }
 
     /// The next entry; `None` at the end-of-archive mark or where the stream ends between entries.
-    pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
+    pub fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
         let mut long_path = None;
         let mut long_link = None;
         let mut pax: Option<PaxRecords> = None;
@@ -325,7 +346,7 @@ impl<R: Read, W: Witness> TarStream<R, W> {
     }
 
     /// Reads data of the current entry; 0 at its end.
-    pub(crate) fn read_data(&mut self, buffer: &mut [u8]) -> Result<usize, TarError> {
+    pub fn read_data(&mut self, buffer: &mut [u8]) -> Result<usize, TarError> {
         if self.remaining == 0 || buffer.is_empty() {
             return Ok(0);
         }
@@ -409,7 +430,7 @@ impl<R: Read, W: Witness> Read for TarStream<R, W> {
 }
 
 /// Whether a block can start a tar stream: a header, or the end mark of an empty one.
-pub(crate) fn looks_like_tar(block: &[u8]) -> bool {
+pub fn looks_like_tar(block: &[u8]) -> bool {
     match <[u8; BLOCK]>::try_from(block) {
         Ok(block) => {
             let header = Header::new(block);

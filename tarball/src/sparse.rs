@@ -7,10 +7,12 @@ use super::{BLOCK, header, pax};
 const MAX_RANGES: usize = 1 << 20;
 
 /// The ranges that hold data, in order.
-#[derive(Debug)]
-pub(crate) struct SparseMap {
-    pub(crate) real_size: u64,
-    pub(crate) ranges: Vec<(u64, u64)>,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SparseMap {
+    /// The file's size, holes included.
+    pub real_size: u64,
+    /// Offsets and lengths.
+    pub ranges: Vec<(u64, u64)>,
 }
 
 impl SparseMap {
