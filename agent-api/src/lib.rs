@@ -30,9 +30,11 @@
 
 pub mod frame;
 mod id;
+mod seccomp;
 mod types;
 
 pub use id::{DiffId, IdError, ProcessId};
+pub use seccomp::*;
 pub use types::*;
 
 /// Version of this API; both ends must have the same.

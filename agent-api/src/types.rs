@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DiffId, ProcessId};
+use crate::{DiffId, ProcessId, Seccomp};
 
 /// What the agent says first, on its own connection to the host.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -60,7 +60,7 @@ pub struct Layer {
 
 /// Everything needed to start a container. The daemon owns the facts and sends them whole with each start; the agent keeps
 /// only the writable layer from one start to the next.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ContainerSpec {
     /// Lowest first, as in the image's `rootfs.diff_ids`. Empty layers are legal; no layer at all is not.
@@ -95,6 +95,9 @@ pub struct ContainerSpec {
     /// Limits; none set means none.
     #[serde(default)]
     pub resources: Resources,
+    /// Which system calls its processes may make, those that join it included.
+    #[serde(default)]
+    pub seccomp: Seccomp,
 }
 
 /// A tmpfs in a container.
@@ -141,7 +144,7 @@ pub struct Resources {
 }
 
 /// A process to start.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProcessSpec {
     /// The command and its arguments; the command is looked up in the environment's PATH inside the container.

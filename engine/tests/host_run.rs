@@ -195,7 +195,6 @@ fn options_that_are_not_there_yet_are_refused_by_name() {
         &["--cpuset-mems", "0"],
         &["--cpu-rt-runtime", "5"],
         &["--annotation", "a=b"],
-        &["--security-opt", "seccomp=unconfined"],
         &["--log-driver", "syslog"],
         &["--log-opt", "compress=true"],
         &["--isolation", "hyperv"],

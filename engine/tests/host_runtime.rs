@@ -8,7 +8,7 @@ use std::{
     time::SystemTime,
 };
 
-use support::{Daemon, with_busybox};
+use support::{Daemon, text, with_busybox};
 
 #[test]
 fn a_paused_container_stands_still_until_it_is_unpaused_stopped_or_killed() {
@@ -62,4 +62,55 @@ fn a_paused_container_stands_still_until_it_is_unpaused_stopped_or_killed() {
     let until = (now + 1).to_string();
     let events = daemon.ok(&["events", "--since", "1h", "--until", &until, "--format", "{{.Action}}"]);
     assert!(events.contains("unpause\n") && events.contains("\npause\n"), "{events}");
+}
+
+#[test]
+fn a_seccomp_profile_is_the_clients_file_and_has_its_effect() {
+    let (machine, daemon) = with_busybox();
+    let run = |args: &[&str], command: &[&str]| {
+        let all = [&["run", "--rm", "--network", "none"], args, &["busybox"], command].concat();
+        daemon.docker(&all)
+    };
+    let filtered = &["grep", "Seccomp:", "/proc/self/status"];
+    assert_eq!(text(&run(&[], filtered).stdout), "Seccomp:\t2\n");
+    assert_eq!(text(&run(&["--security-opt", "seccomp=unconfined"], filtered).stdout), "Seccomp:\t0\n");
+
+    let profile = machine.home.path().join("profile.json");
+    let rules = r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO","errnoRet":13}]}"#;
+    std::fs::write(&profile, rules).unwrap();
+    let option = format!("seccomp={}", profile.display());
+    let denied = run(&["--security-opt", &option], &["mkdir", "/new"]);
+    assert!(text(&denied.stderr).contains("Permission denied"), "{}", text(&denied.stderr));
+    daemon.ok(&[
+        "run",
+        "-d",
+        "--name",
+        "box",
+        "--network",
+        "none",
+        "--security-opt",
+        &option,
+        "busybox",
+        "sleep",
+        "1000",
+    ]);
+    assert!(daemon.fails(1, &["exec", "box", "mkdir", "/new"]).contains("Permission denied"));
+
+    std::fs::write(&profile, r#"{"defaultAction":"NONSENSE"}"#).unwrap();
+    let refused = daemon.fails(125, &["run", "--rm", "--security-opt", &option, "busybox", "true"]);
+    assert!(refused.contains("Decoding seccomp profile failed"), "{refused}");
+    let refused = daemon.fails(125, &["run", "--rm", "--security-opt", "apparmor=mine", "busybox", "true"]);
+    assert!(refused.contains("AppArmor"), "{refused}");
+    daemon.ok(&[
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "--security-opt",
+        "apparmor=unconfined",
+        "--security-opt",
+        "label=disable",
+        "busybox",
+        "true",
+    ]);
 }

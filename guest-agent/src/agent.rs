@@ -18,6 +18,7 @@ use crate::fork_server::ForkServer;
 use crate::layers::Layers;
 use crate::processes::{self, Process, Registry};
 use crate::reaper::Reaper;
+use crate::seccomp;
 use crate::storage::{self, Storage};
 
 /// Where the agent keeps its things.
@@ -43,6 +44,7 @@ pub(crate) struct Agent {
     layers: Arc<Layers>,
     storage: Arc<Storage>,
     cgroups: Arc<Cgroups>,
+    seccomp: Arc<seccomp::Compiler>,
     reaper: Reaper,
     mount_point: String,
     die_with_agent: bool,
@@ -71,6 +73,7 @@ impl Agent {
             layers: Layers::new(paths.layers.clone()),
             storage: Arc::new(Storage::new(&paths.data)?),
             cgroups: Arc::new(Cgroups::new(&paths.cgroup, &paths.cgroup_name)?),
+            seccomp: Arc::default(),
             reaper,
             mount_point,
             die_with_agent,

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
 use crate::layers::LayerUse;
+use crate::seccomp::Filter;
 
 /// A container whose first process was started.
 pub(crate) struct Container {
@@ -17,6 +18,8 @@ pub(crate) struct Container {
     pub id: ProcessId,
     /// Its group.
     pub cgroup: Arc<Cgroup>,
+    /// The filter of its processes' system calls.
+    pub seccomp: Option<Arc<Filter>>,
     /// The first process's pidfd, by which others join.
     pub pidfd: Arc<AsyncFd<OwnedFd>>,
 }

@@ -23,6 +23,7 @@ mod mounts;
 mod packet;
 mod processes;
 mod reaper;
+mod seccomp;
 mod storage;
 mod sys;
 

@@ -9,6 +9,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::thread::UnshareFlags;
 use tokio::io::unix::AsyncFd;
 
+use crate::seccomp::{Filter, Instruction};
+
 fn check(result: c_long) -> io::Result<c_long> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -68,6 +70,23 @@ pub(crate) fn clone_into(cgroup: BorrowedFd<'_>, namespaces: u64) -> io::Result<
     // SAFETY: the kernel made this descriptor for us in the call above and nothing else owns it.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
     Ok(Some(Cloned { pid: pid as u32, pidfd }))
+}
+
+/// Filters the calling thread's system calls from now on. The thread needs CAP_SYS_ADMIN or no_new_privs.
+pub(crate) fn filter_system_calls(filter: &Filter) -> io::Result<()> {
+    let convert = |instruction: Instruction| libc::sock_filter {
+        code: instruction.code,
+        jt: instruction.jump_true,
+        jf: instruction.jump_false,
+        k: instruction.value,
+    };
+    let mut program: Vec<libc::sock_filter> = filter.instructions().map(convert).collect();
+    let len = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let argument = libc::sock_fprog { len, filter: program.as_mut_ptr() };
+    let mode = libc::SECCOMP_SET_MODE_FILTER;
+    // SAFETY: the kernel copies and checks the program, which has the length that the argument says and outlives the call.
+    check(unsafe { libc::syscall(libc::SYS_seccomp, mode, filter.flags, &raw const argument) })?;
+    Ok(())
 }
 
 /// Leaves namespaces. Only for processes with one thread, and never with `FILES`.

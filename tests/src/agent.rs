@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use coracle_agent_api::{
-    ContainerSpec, DiffId, Layer, LayerSource, OUTPUT_PROTOCOL, ProcessSpec, Resources, Started,
+    ContainerSpec, DiffId, Layer, LayerSource, OUTPUT_PROTOCOL, ProcessSpec, Started,
     frame::{self, Header, Kind},
 };
 
@@ -113,32 +113,20 @@ pub fn container(diff_id: &DiffId, source: LayerSource, args: &[&str]) -> Contai
     ContainerSpec {
         layers: vec![Layer { diff_id: diff_id.clone(), source }],
         hostname: "bench".to_owned(),
-        domainname: String::new(),
         process: ProcessSpec {
             args: args.iter().map(|&arg| arg.to_owned()).collect(),
             env: vec!["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()],
             cwd: "/".to_owned(),
-            user: String::new(),
-            additional_groups: Vec::new(),
-            tty: false,
-            terminal_size: None,
-            stdin: false,
             capabilities: ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID"].map(str::to_owned).to_vec(),
-            no_new_privileges: false,
-            rlimits: Vec::new(),
-            oom_score_adj: None,
+            ..ProcessSpec::default()
         },
-        readonly_rootfs: false,
-        init: false,
         shm_size: 64 << 20,
-        tmpfs: Vec::new(),
-        files: Vec::new(),
         masked_paths: ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"]
             .map(str::to_owned)
             .to_vec(),
         readonly_paths: ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
             .map(str::to_owned)
             .to_vec(),
-        resources: Resources::default(),
+        ..ContainerSpec::default()
     }
 }

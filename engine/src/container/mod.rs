@@ -13,6 +13,7 @@ pub(crate) mod record;
 pub(crate) mod refused;
 pub(crate) mod registry;
 pub(crate) mod restart;
+pub(crate) mod seccomp;
 pub(crate) mod signal;
 pub(crate) mod spec;
 pub(crate) mod state;

@@ -3,7 +3,7 @@
 //! The body is hostile: wrong types, out-of-range numbers and options that cannot be given are refused with a sentence;
 //! nothing of it is acted on before it is checked.
 
-use coracle_agent_api::{Resources, Rlimit, TmpfsMount};
+use coracle_agent_api::{Resources, Rlimit, Seccomp, TmpfsMount};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
@@ -12,7 +12,7 @@ use super::{
     config::{Config, HostConfig, LogConfig, Ulimit, env_name},
     refused,
     restart::Policy,
-    signal,
+    seccomp, signal,
 };
 use crate::{
     error::{Error, Result},
@@ -79,7 +79,7 @@ impl CreateRequest {
         check_network(&host_config.network_mode)?;
         check_restart_policy(host_config)?;
         check_log(&host_config.log_config)?;
-        no_new_privileges(&host_config.security_opt)?;
+        security(&host_config.security_opt)?;
         capability::resolve(&host_config.cap_add, &host_config.cap_drop)?;
         rlimits(&host_config.ulimits)?;
         resources(host_config)?;
@@ -241,19 +241,56 @@ fn size(text: &str) -> Option<u64> {
     digits.trim().parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// Reads `--security-opt`.
-pub(crate) fn no_new_privileges(options: &[String]) -> Result<bool> {
-    let mut set = false;
+/// What `--security-opt` says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct SecurityOptions {
+    pub(crate) no_new_privileges: bool,
+    /// `None` if nothing was said.
+    pub(crate) seccomp: Option<Seccomp>,
+}
+
+/// Reads `--security-opt`, with Docker's rules and words. There is neither AppArmor nor SELinux in the guest, which is to say
+/// what Docker says on a host without them.
+pub(crate) fn security(options: &[String]) -> Result<SecurityOptions> {
+    let mut read = SecurityOptions::default();
     for option in options {
+        let shown = || option.chars().take(80).collect::<String>();
         match option.as_str() {
-            "no-new-privileges" | "no-new-privileges:true" | "no-new-privileges=true" => set = true,
-            "no-new-privileges:false" | "no-new-privileges=false" => set = false,
-            other => {
-                return Err(refused::missing(&format!("--security-opt {other}"), "HostConfig.SecurityOpt"));
+            "no-new-privileges" => read.no_new_privileges = true,
+            // Of labels.
+            "disable" => {}
+            _ => {
+                let separator = if option.contains('=') { '=' } else { ':' };
+                let Some((name, value)) = option.split_once(separator) else {
+                    return Err(Error::invalid(format!("invalid --security-opt 1: {:?}", shown())));
+                };
+                match (name, value) {
+                    ("label", _) => {}
+                    ("apparmor", "" | "unconfined" | "docker-default") => {}
+                    ("apparmor", _) => {
+                        return Err(Error::invalid(
+                            "AppArmor is not supported in Coracle's VM: the profile cannot be applied",
+                        ));
+                    }
+                    ("seccomp", value) => read.seccomp = Some(seccomp::parse(value)?),
+                    ("no-new-privileges", "true" | "1" | "t" | "T" | "TRUE" | "True") => {
+                        read.no_new_privileges = true;
+                    }
+                    ("no-new-privileges", "false" | "0" | "f" | "F" | "FALSE" | "False") => {
+                        read.no_new_privileges = false;
+                    }
+                    ("writable-cgroups", "true") => {
+                        return Err(refused::missing(
+                            "--security-opt writable-cgroups",
+                            "HostConfig.SecurityOpt",
+                        ));
+                    }
+                    _ => return Err(Error::invalid(format!("invalid --security-opt 2: {:?}", shown()))),
+                }
             }
         }
     }
-    Ok(set)
+    Ok(read)
 }
 
 /// Converts `--ulimit`.
@@ -458,14 +495,14 @@ mod tests {
             r#"{"ExtraHosts":["a:b"]}"#,
             r#"{"RestartPolicy":{"Name":"sometimes"}}"#,
             r#"{"RestartPolicy":{"Name":"always"},"AutoRemove":true}"#,
+            r#"{"SecurityOpt":["seccomp=/a/file.json"]}"#,
+            r#"{"SecurityOpt":["nonsense"]}"#,
+            r#"{"SecurityOpt":["apparmor=mine"]}"#,
+            r#"{"SecurityOpt":["no-new-privileges=maybe"]}"#,
         ] {
             assert_eq!(host(bad).unwrap_err().status(), 400, "{bad}");
         }
-        for missing in [
-            r#"{"NetworkMode":"host"}"#,
-            r#"{"SecurityOpt":["seccomp=unconfined"]}"#,
-            r#"{"LogConfig":{"Type":"syslog"}}"#,
-        ] {
+        for missing in [r#"{"NetworkMode":"host"}"#, r#"{"LogConfig":{"Type":"syslog"}}"#] {
             assert_eq!(host(missing).unwrap_err().status(), 501, "{missing}");
         }
     }

@@ -48,6 +48,7 @@ pub(crate) fn build(record: &Record, layers: Vec<Layer>) -> Result<ContainerSpec
         masked_paths: paths(host.masked_paths.as_ref(), MASKED_PATHS),
         readonly_paths: paths(host.readonly_paths.as_ref(), READONLY_PATHS),
         resources: options::resources(host)?,
+        seccomp: options::security(&host.security_opt)?.seccomp.unwrap_or_default(),
     })
 }
 
@@ -64,7 +65,7 @@ fn process(record: &Record) -> Result<ProcessSpec> {
         terminal_size: (config.tty && rows > 0 && cols > 0).then_some(TerminalSize { rows, cols }),
         stdin: config.open_stdin,
         capabilities: capability::resolve(&host.cap_add, &host.cap_drop)?,
-        no_new_privileges: options::no_new_privileges(&host.security_opt)?,
+        no_new_privileges: options::security(&host.security_opt)?.no_new_privileges,
         rlimits: options::rlimits(&host.ulimits)?,
         oom_score_adj: i16::try_from(host.oom_score_adj).ok().filter(|value| *value != 0),
     })

@@ -228,7 +228,7 @@ impl Exec {
             terminal_size: (config.tty && rows > 0 && cols > 0).then_some(TerminalSize { rows, cols }),
             stdin: config.attach_stdin,
             capabilities,
-            no_new_privileges: options::no_new_privileges(&host.security_opt)?,
+            no_new_privileges: options::security(&host.security_opt)?.no_new_privileges,
             rlimits: options::rlimits(&host.ulimits)?,
             oom_score_adj: i16::try_from(host.oom_score_adj).ok().filter(|value| *value != 0),
         };

@@ -249,7 +249,7 @@ fn busybox_archive(folder: &Path) -> PathBuf {
     std::fs::copy("/bin/busybox", root.join("bin/busybox")).expect("Debian's busybox-static is installed");
     for applet in [
         "sh", "cat", "echo", "sleep", "true", "false", "ls", "id", "kill", "wc", "stty", "env", "hostname",
-        "dd", "yes", "head",
+        "dd", "yes", "head", "grep", "mkdir", "touch", "mknod", "mount", "stat", "readlink", "dmesg", "ps",
     ] {
         let _ = std::os::unix::fs::symlink("busybox", root.join("bin").join(applet));
     }

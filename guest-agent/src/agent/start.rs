@@ -20,12 +20,14 @@ use crate::error::{AtStep, Result, conflict};
 use crate::fork_server::{NewContainer, Place, Report, Task, TaskFds};
 use crate::processes::spool::Spool;
 use crate::processes::{self, Process, Stdin, read_pipe, read_terminal, watch_fd};
+use crate::seccomp::Filter;
 use crate::{check, clock, packet, sys};
 
 /// What was prepared for a new container.
 struct Prepared {
     holdings: Holdings,
     files: Vec<String>,
+    seccomp: Option<Arc<Filter>>,
 }
 
 /// The agent's ends of a process's standard streams.
@@ -75,7 +77,7 @@ impl Agent {
         let mut phases = Phases { since, phases: Vec::new() };
         let (agent, owned) = (self.clone(), id.clone());
         let prepared = blocking(move || agent.prepare(&owned, &spec).map(|prepared| (prepared, spec))).await;
-        let (Prepared { holdings, files }, spec) = match prepared {
+        let (Prepared { holdings, files, seccomp }, spec) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
                 self.containers.gone(id);
@@ -89,6 +91,7 @@ impl Agent {
             place: Place::New(Box::new(new)),
             process,
             all_capabilities: false,
+            seccomp: seccomp.as_deref().cloned(),
             die_with_agent: self.die_with_agent,
         };
         let place = holdings.root.as_fd();
@@ -96,7 +99,8 @@ impl Agent {
             Ok((process, started)) => {
                 let pidfd = process.pidfd.clone();
                 let cgroup = holdings.cgroup.clone();
-                self.containers.runs(Arc::new(Container { id: id.clone(), cgroup: cgroup.clone(), pidfd }));
+                let container = Container { id: id.clone(), cgroup: cgroup.clone(), seccomp, pidfd };
+                self.containers.runs(Arc::new(container));
                 self.supervise(process.clone(), cgroup, Some(holdings));
                 Ok((process, started))
             }
@@ -108,11 +112,12 @@ impl Agent {
     }
 
     fn prepare(&self, id: &ProcessId, spec: &ContainerSpec) -> Result<Prepared> {
+        let seccomp = self.seccomp.filter(&spec.seccomp, &spec.process.capabilities)?;
         let layers = self.layers.hold(&spec.layers)?;
         let root = self.storage.mount_root(id, &layers.lower_directories())?;
         let files = self.storage.write_files(id, &spec.files)?;
         let cgroup = Arc::new(self.cgroups.create(id, &spec.resources)?);
-        Ok(Prepared { holdings: Holdings { cgroup, root, layers }, files })
+        Ok(Prepared { holdings: Holdings { cgroup, root, layers }, files, seccomp })
     }
 
     /// Starts a process in a running container.
@@ -134,6 +139,7 @@ impl Agent {
             place: Place::Joined,
             process: spec.process,
             all_capabilities: spec.privileged,
+            seccomp: container.seccomp.as_deref().cloned(),
             die_with_agent: self.die_with_agent,
         };
         let place = container.pidfd.get_ref().as_fd();

@@ -100,8 +100,8 @@ pub(super) fn bound(wanted: CapabilitySet) -> Result<()> {
 }
 
 /// What the process holds until it executes its program.
-pub(super) fn hold(wanted: CapabilitySet) -> Result<()> {
-    let sets = CapabilitySets { effective: wanted, permitted: wanted, inheritable: CapabilitySet::empty() };
+pub(super) fn hold(effective: CapabilitySet, permitted: CapabilitySet) -> Result<()> {
+    let sets = CapabilitySets { effective, permitted, inheritable: CapabilitySet::empty() };
     rustix::thread::set_capabilities(None, sets).at("set capabilities")
 }
 

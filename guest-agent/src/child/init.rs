@@ -7,6 +7,7 @@ use rustix::process::{WaitOptions, WaitStatus};
 
 use super::capabilities;
 use crate::error::{AtStep, Result};
+use crate::seccomp::Filter;
 use crate::sys::{self, Forked};
 
 /// Forks; `None` in the process that shall run the program, the id of that process in the one that is to be init.
@@ -23,13 +24,11 @@ pub(super) fn fork_main() -> Result<Option<u32>> {
 }
 
 /// Is init.
-pub(super) fn run(main: u32, names: &[String], die_with_agent: bool) -> ! {
+pub(super) fn run(main: u32, names: &[String], seccomp: Option<&Filter>, die_with_agent: bool) -> ! {
     // The agent's descriptors are none of the container's business, nor are its capabilities.
     sys::close_everything();
     let _ = rustix::thread::set_name(c"coracle-init");
-    let limited = capabilities::wanted(names, false)
-        .and_then(|wanted| capabilities::bound(wanted).and_then(|()| capabilities::hold(wanted)));
-    if limited.is_err() {
+    if limit(names, seccomp).is_err() {
         // The other process fails in the same way, and says so.
         sys::exit_now(255);
     }
@@ -47,6 +46,15 @@ pub(super) fn run(main: u32, names: &[String], die_with_agent: bool) -> ! {
             None => {}
         }
     }
+}
+
+fn limit(names: &[String], seccomp: Option<&Filter>) -> Result<()> {
+    let wanted = capabilities::wanted(names, false)?;
+    capabilities::bound(wanted)?;
+    if let Some(filter) = seccomp {
+        sys::filter_system_calls(filter).at("install the seccomp filter")?;
+    }
+    capabilities::hold(wanted, wanted)
 }
 
 /// Reaps all that ended; the exit code of `main`, if it was among them.

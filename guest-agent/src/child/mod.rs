@@ -97,7 +97,7 @@ fn execute(order: OwnedFd, report: &OwnedFd, place: OwnedFd, stdio: Option<[Owne
     }
     if with_init && let Some(main) = init::fork_main()? {
         // From here on this process is the container's init; the other one goes on.
-        init::run(main, &process.capabilities, task.die_with_agent);
+        init::run(main, &process.capabilities, task.seccomp.as_ref(), task.die_with_agent);
     }
     let prepared = program::prepare(&root.dir, &task, first_process, stdio)?;
     timeline.mark("process");

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use coracle_agent_api::{ApiError, ErrorKind, ProcessSpec, Rlimit};
 use rustix::fs::{FileType, Gid, Uid};
 use rustix::process::Resource;
+use rustix::thread::CapabilitySet;
 
 use super::capabilities;
 use super::command;
@@ -14,6 +15,7 @@ use super::identity::Identity;
 use super::root_dir::RootDir;
 use crate::error::{AtStep, Result, describe, invalid};
 use crate::fork_server::Task;
+use crate::seccomp::Filter;
 use crate::sys;
 
 /// Everything that `execve` needs.
@@ -21,6 +23,8 @@ pub(super) struct Prepared {
     program: PathBuf,
     args: Vec<CString>,
     env: Vec<CString>,
+    seccomp: Option<Filter>,
+    effective: CapabilitySet,
 }
 
 /// Writes `oom_score_adj`, which was inherited from the fork server; /proc must still be the agent's.
@@ -56,10 +60,11 @@ pub(super) fn prepare(root: &RootDir, task: &Task, first: bool, stdio: [OwnedFd;
     }
     let capabilities = capabilities::wanted(&process.capabilities, task.all_capabilities)?;
     capabilities::bound(capabilities)?;
+    // What is permitted until the program runs is not what is permitted then: that follows from the bounding set and the user.
+    rustix::thread::set_keep_capabilities(true).at("keep the capabilities")?;
     become_user(&identity)?;
-    if identity.uid == 0 {
-        capabilities::hold(capabilities)?;
-    }
+    let effective = if identity.uid == 0 { capabilities } else { CapabilitySet::empty() };
+    capabilities::hold(effective, effective | CapabilitySet::SYS_ADMIN)?;
     if task.die_with_agent && first {
         // After the change of user, which takes it back.
         let kill = Some(rustix::process::Signal::KILL);
@@ -73,7 +78,13 @@ pub(super) fn prepare(root: &RootDir, task: &Task, first: bool, stdio: [OwnedFd;
     let path = env.iter().rev().find_map(|variable| variable.strip_prefix("PATH="));
     let name = process.args.first().ok_or_else(|| invalid("there is no command to run"))?;
     let program = command::find(name, path)?;
-    Ok(Prepared { program, args: c_strings(&process.args)?, env: c_strings(&env)? })
+    Ok(Prepared {
+        program,
+        args: c_strings(&process.args)?,
+        env: c_strings(&env)?,
+        seccomp: task.seccomp.clone(),
+        effective,
+    })
 }
 
 impl Prepared {
@@ -82,8 +93,22 @@ impl Prepared {
         let Ok(program) = CString::new(self.program.as_os_str().as_encoded_bytes()) else {
             return invalid("the command has a zero byte in it");
         };
+        // The very last thing, so that a filter need not allow what only the set-up needs.
+        if let Some(filter) = &self.seccomp
+            && let Err(error) = self.filter_system_calls(filter)
+        {
+            return error;
+        }
         let error = sys::execve(&program, &self.args, &self.env);
         command::not_executed(&self.program, &error)
+    }
+}
+
+impl Prepared {
+    fn filter_system_calls(&self, filter: &Filter) -> Result<()> {
+        let admin = self.effective | CapabilitySet::SYS_ADMIN;
+        capabilities::hold(admin, admin)?;
+        sys::filter_system_calls(filter).at("install the seccomp filter")
     }
 }
 

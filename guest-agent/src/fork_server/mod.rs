@@ -15,6 +15,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 
 use crate::error::{AtStep, Result};
+use crate::seccomp::Filter;
 use crate::sys::{Cloned, Forked};
 use crate::{packet, sys};
 use coracle_agent_api::{ApiError, ErrorKind};
@@ -28,6 +29,8 @@ pub(crate) struct Task {
     pub process: ProcessSpec,
     /// Keep every capability.
     pub all_capabilities: bool,
+    /// The system calls that the program may make; all without a filter.
+    pub seccomp: Option<Filter>,
     /// Die when the agent dies (only where the agent is not PID 1).
     pub die_with_agent: bool,
 }

@@ -80,15 +80,8 @@ pub fn process(args: &[&str]) -> ProcessSpec {
         args: args.iter().map(|arg| arg.to_string()).collect(),
         env: vec!["PATH=/usr/bin:/bin".to_owned()],
         cwd: "/".to_owned(),
-        user: String::new(),
-        additional_groups: Vec::new(),
-        tty: false,
-        terminal_size: None,
-        stdin: false,
         capabilities: CAPABILITIES.map(str::to_owned).to_vec(),
-        no_new_privileges: false,
-        rlimits: Vec::new(),
-        oom_score_adj: None,
+        ..ProcessSpec::default()
     }
 }
 
@@ -102,16 +95,9 @@ pub fn container(images: &[&Image], process: ProcessSpec) -> ContainerSpec {
     ContainerSpec {
         layers: images.iter().map(|image| image.layer()).collect(),
         hostname: "box".to_owned(),
-        domainname: String::new(),
         process,
-        readonly_rootfs: false,
-        init: false,
         shm_size: 64 << 20,
-        tmpfs: Vec::new(),
-        files: Vec::new(),
-        masked_paths: Vec::new(),
-        readonly_paths: Vec::new(),
-        resources: Resources::default(),
+        ..ContainerSpec::default()
     }
 }
 
