@@ -109,6 +109,8 @@ pub struct ConvertedLayer {
     pub blob_size: u64,
     /// Size of the EROFS image.
     pub image_size: u64,
+    /// Number of entries in the tar stream.
+    pub entries: u64,
     /// Size of the recipe that leads from the image back to the tar stream.
     pub recipe_size: u64,
 }
@@ -148,7 +150,14 @@ pub fn convert_layer<R: Read + Send, W: ImageOutput, P: Write>(
         let (blob, blob_size) = blob_stage.finish();
         let diff_id = diff.map_or(blob, |(diff_id, _)| diff_id);
         let recipe_size = image.recipe.size;
-        Ok(ConvertedLayer { diff_id, blob, blob_size, image_size: image.size, recipe_size })
+        Ok(ConvertedLayer {
+            diff_id,
+            blob,
+            blob_size,
+            image_size: image.size,
+            entries: image.entries,
+            recipe_size,
+        })
     })
 }
 

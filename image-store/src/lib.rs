@@ -39,4 +39,7 @@ pub use erofs::ConvertError;
 pub use layer::{ConvertedLayer, LayerError, convert_layer};
 pub use recipe::LayerTar;
 pub use reference::{InvalidReference, Reference};
-pub use store::{Error, ErrorKind, HistoryLine, Image, ImageStore, ImageSummary, Layer, Loaded, Removal};
+pub use store::{
+    Commit, Created, Error, ErrorKind, HistoryLine, Image, ImageArchive, ImageStore, ImageSummary, ImageUser,
+    Import, Layer, Loaded, PinnedLayers, Removal,
+};

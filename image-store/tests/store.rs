@@ -10,7 +10,8 @@ use std::path::Path;
 
 use common::{Layout, Tar, chain, config_for, docker_archive, gzip, walk, zstd};
 use coracle_image_store::{
-    Digest, Error, ErrorKind, Image, ImageId, ImageStore, Loaded, Platform, Reference, Removal,
+    Commit, Digest, Error, ErrorKind, Image, ImageId, ImageStore, ImageUser, Import, Loaded, Platform,
+    Reference, Removal,
 };
 use tempfile::TempDir;
 
@@ -386,7 +387,7 @@ fn tags_are_added_and_removed_and_the_last_one_takes_the_image_along() {
         store.store.tag("nothing", &Reference::parse("x").unwrap()).unwrap_err().kind(),
         ErrorKind::NotFound
     );
-    let free = |_: &ImageId| false;
+    let free = |_: &ImageId| None;
     let removed = store.store.remove("busybox", false, &free).unwrap();
     assert_eq!(removed, [Removal::Untagged("busybox:latest".to_owned())]);
     let removed = store.store.remove("mine:1", false, &free).unwrap();
@@ -395,20 +396,38 @@ fn tags_are_added_and_removed_and_the_last_one_takes_the_image_along() {
     // The other image shares the lower layer.
     let image = store.image("app:v1");
     assert!(image.layers.iter().all(|layer| layer.open_layer().is_ok()));
-    store.store.remove(&image.id.short(), false, &free).unwrap();
+    store.store.remove(&image.id.short(), true, &free).unwrap();
     assert!(store.files().is_empty(), "{:?}", store.files());
     assert_eq!(store.store.remove("app:v1", false, &free).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
+fn user(is_running: bool) -> impl Fn(&ImageId) -> Option<ImageUser> {
+    move |_| Some(ImageUser { container: "0123456789ab".to_owned(), is_running })
+}
+
 #[test]
-fn what_containers_use_is_not_deleted() {
+fn what_a_running_container_uses_is_not_deleted() {
     let store = Store::new();
     let id = store.load(&busybox())[0].id;
-    let used = |_: &ImageId| true;
-    let error = store.store.remove("busybox", false, &used).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Conflict);
-    assert!(error.to_string().contains("must force"), "{error}");
-    assert_eq!(store.store.remove(&id.to_string(), true, &used).unwrap_err().kind(), ErrorKind::Conflict);
+    let used = user(true);
+    let conflict = |name: &str, force: bool| {
+        let error = store.store.remove(name, force, &used).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Conflict);
+        error.to_string()
+    };
+    let short = id.short();
+    assert_eq!(
+        conflict("busybox", false),
+        format!(
+            "conflict: unable to remove repository reference \"busybox\" (must force) - container 0123456789ab is using its referenced image {short}"
+        )
+    );
+    assert_eq!(
+        conflict(&id.to_string(), true),
+        format!(
+            "conflict: unable to delete {short} (cannot be forced) - image is being used by running container 0123456789ab"
+        )
+    );
     let removed = store.store.remove("busybox", true, &used).unwrap();
     assert_eq!(removed, [Removal::Untagged("busybox:latest".to_owned())]);
     assert!(store.store.image(&id).unwrap().layers[0].open_layer().is_ok());
@@ -416,9 +435,140 @@ fn what_containers_use_is_not_deleted() {
     for tag in ["a", "b"] {
         store.store.tag(&id.to_string(), &Reference::parse(tag).unwrap()).unwrap();
     }
-    let free = |_: &ImageId| false;
-    assert_eq!(store.store.remove(&id.short(), false, &free).unwrap_err().kind(), ErrorKind::Conflict);
-    assert_eq!(store.store.remove(&id.short(), true, &free).unwrap().len(), 3);
+    let error = store.store.remove(&short, false, &|_| None).unwrap_err();
+    assert!(error.to_string().contains("(must be forced) - image is referenced in multiple repositories"));
+    assert_eq!(store.store.remove(&short, true, &|_| None).unwrap().len(), 3);
+}
+
+#[test]
+fn an_image_removed_by_force_stays_for_its_stopped_container_alone() {
+    let store = Store::new();
+    let id = store.load(&busybox())[0].id;
+    let error = store.store.remove(&id.short(), false, &user(false)).unwrap_err();
+    assert!(error.to_string().contains("(must be forced) - image is being used by stopped container"));
+    let removed = store.store.remove(&id.short(), true, &user(false)).unwrap();
+    assert_eq!(removed, [Removal::Untagged("busybox:latest".to_owned()), Removal::Deleted(id.to_string())]);
+    for name in ["busybox".to_owned(), id.to_string(), id.short()] {
+        assert_eq!(store.store.resolve(&name).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+    assert!(store.store.list().unwrap().is_empty());
+    let store = store.reopen();
+    assert!(store.store.image(&id).unwrap().layers[0].open_layer().is_ok());
+    store.store.forget_removed(&|_| true).unwrap();
+    assert!(store.store.image(&id).is_ok());
+    // Loading makes it an image again; without that it goes with its container.
+    store.load(&busybox());
+    store.store.forget_removed(&|_| false).unwrap();
+    assert_eq!(store.store.resolve("busybox").unwrap(), id);
+    store.store.remove("busybox", true, &user(false)).unwrap();
+    store.store.forget_removed(&|_| false).unwrap();
+    assert!(store.files().is_empty(), "{:?}", store.files());
+}
+
+#[test]
+fn a_saved_archive_loads_again_and_is_the_same_whenever_it_is_saved() {
+    let store = Store::new();
+    store.load(&busybox());
+    store.load(&gzip(&app()));
+    let save = |store: &Store, names: &[&str]| {
+        let names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
+        let mut archive = Vec::new();
+        store.store.save(&names).unwrap().write_to(&mut archive).unwrap();
+        archive
+    };
+    let archive = save(&store, &["app", "busybox:latest", "busybox"]);
+    assert!(save(&store, &["app", "busybox"]) == archive);
+    let other = Store::new();
+    let mut loaded: Vec<_> = other.load(&archive).iter().flat_map(|image| image.messages()).collect();
+    loaded.sort();
+    assert_eq!(loaded, ["Loaded image: app:v1", "Loaded image: app:v2", "Loaded image: busybox:latest"]);
+    for name in ["app:v1", "app:v2", "busybox"] {
+        assert_eq!(other.image(name).layers.len(), store.image(name).layers.len());
+        assert_eq!(other.image(name).config_raw, store.image(name).config_raw);
+    }
+    assert!(save(&other, &["app", "busybox"]) == archive);
+    // By its id it has no name.
+    let id = store.image("busybox").id;
+    let third = Store::new();
+    let loaded = third.load(&save(&store, &[&id.short()]));
+    assert_eq!((loaded[0].id, loaded[0].tags.len()), (id, 0));
+    let error = store.store.save(&["app:v1".to_owned(), "nothing".to_owned()]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn layers_stay_while_they_are_saved() {
+    let store = Store::new();
+    store.load(&busybox());
+    let archive = store.store.save(&["busybox".to_owned()]).unwrap();
+    store.store.remove("busybox", false, &|_| None).unwrap();
+    let mut bytes = Vec::new();
+    archive.write_to(&mut bytes).unwrap();
+    drop(archive);
+    assert!(store.files().is_empty(), "{:?}", store.files());
+    store.load(&bytes);
+}
+
+#[test]
+fn a_tar_stream_is_imported_with_changes() {
+    let store = Store::new();
+    let import = Import {
+        tag: Some(Reference::parse("imported:1").unwrap()),
+        changes: vec!["CMD [\"/bin/sh\"]".to_owned(), "ENV A=1".to_owned()],
+        comment: "Imported from -".to_owned(),
+        platform: None,
+    };
+    let layer = Tar::new().file("bin/sh", b"elf").finish();
+    let created = store.store.import(gzip(&layer).as_slice(), &import).unwrap();
+    let image = store.image("imported:1");
+    assert_eq!((image.id, created.replaced), (created.id, None));
+    assert_eq!(image.config.config.cmd, Some(vec!["/bin/sh".to_owned()]));
+    assert_eq!(image.layers[0].diff_id, Digest::of(&layer));
+    assert_eq!(image.history()[0].comment, "Imported from -");
+    let again = store.store.import(Tar::new().file("x", b"").finish().as_slice(), &import).unwrap();
+    assert_eq!(again.replaced, Some(created.id));
+    for (bytes, changes) in [(&b"no tar"[..], vec![]), (layer.as_slice(), vec!["RUN x".to_owned()])] {
+        let error = store.store.import(bytes, &Import { changes, ..Import::default() }).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error:?}");
+    }
+    assert!(!store.files().iter().any(|file| file.starts_with("tmp/")));
+}
+
+#[test]
+fn a_commit_adds_a_layer_to_an_image_or_only_its_history() {
+    let store = Store::new();
+    let parent = store.load(&busybox())[0].id;
+    let commit = |tag: &str| Commit {
+        parent,
+        config: store.image("busybox").config.config,
+        changes: vec!["LABEL boat=coracle".to_owned()],
+        tag: Some(Reference::parse(tag).unwrap()),
+        author: "me".to_owned(),
+        comment: "by hand".to_owned(),
+        created_by: "sh".to_owned(),
+    };
+    let differences = Tar::new().file("new", b"1").file(".wh.old", b"").finish();
+    store.store.commit(differences.as_slice(), commit("mine:1")).unwrap();
+    let (parent, image) = (store.image("busybox"), store.image("mine:1"));
+    assert_eq!(image.layers[..1], parent.layers[..]);
+    assert_eq!(image.layers[1].diff_id, Digest::of(&differences));
+    assert_eq!(image.config.config.labels["boat"], "coracle");
+    let newest = &image.history()[0];
+    assert_eq!((newest.created_by.as_str(), newest.comment.as_str()), ("sh", "by hand"));
+    assert_eq!(newest.size, image.layers[1].size + image.layers[1].recipe_size);
+
+    store.store.commit(Tar::new().finish().as_slice(), commit("mine:2")).unwrap();
+    let image = store.image("mine:2");
+    assert_eq!((image.layers.len(), image.history()[0].size), (1, 0));
+    let summaries = store.store.list().unwrap();
+    let shared = |id| summaries.iter().find(|summary| summary.id == id).unwrap().shared_size;
+    assert_eq!(shared(parent.id), parent.size);
+    let total: u64 = files(store.directory.path())
+        .iter()
+        .filter(|file| file.starts_with("layers/"))
+        .map(|file| fs::metadata(store.directory.path().join(file)).unwrap().len())
+        .sum();
+    assert_eq!(store.store.layers_size().unwrap(), total);
 }
 
 #[test]
@@ -479,8 +629,8 @@ fn loads_of_the_same_image_at_once_are_safe() {
         }
         scope.spawn(|| {
             for _ in 0..20 {
-                let _ = store.store.remove("app:v1", true, &|_| false);
-                let _ = store.store.remove("app:v2", true, &|_| false);
+                let _ = store.store.remove("app:v1", true, &|_| None);
+                let _ = store.store.remove("app:v2", true, &|_| None);
             }
         });
     });

@@ -71,11 +71,14 @@ pub(crate) fn convert<R: Read, P: Write, W: ImageOutput>(
         image: ImageWriter::new(out, scratch, max_size)?,
         chunk: vec![0; CHUNK],
     };
+    let mut entries = 0;
     while let Some(mut entry) = tar.next_entry()? {
         converter.add(&mut tar, &mut entry)?;
+        entries += 1;
     }
     tar.drain()?;
-    converter.image.finish(&mut converter.tree, tar.into_witness())
+    let stats = converter.image.finish(&mut converter.tree, tar.into_witness())?;
+    Ok(ImageStats { entries, ..stats })
 }
 
 struct Converter<W: ImageOutput> {

@@ -80,6 +80,8 @@ struct FileInProgress {
 pub(crate) struct ImageStats {
     /// Size of the image in bytes, whole blocks.
     pub(crate) size: u64,
+    /// Number of entries in the tar stream.
+    pub(crate) entries: u64,
     /// Size of the recipe.
     pub(crate) recipe: RecipeStats,
 }
@@ -265,7 +267,7 @@ impl<W: ImageOutput> ImageWriter<W> {
         self.out.flush().map_err(ConvertError::writing)?;
         self.out.get_mut().set_len(blocks * BLOCK).map_err(ConvertError::writing)?;
         let recipe = self.finish_recipe(tree, recipe, meta_start).map_err(ConvertError::writing)?;
-        Ok(ImageStats { size: blocks * BLOCK, recipe })
+        Ok(ImageStats { size: blocks * BLOCK, entries: 0, recipe })
     }
 
     /// Tells the recipe where the ends of files are now.

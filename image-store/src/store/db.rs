@@ -33,6 +33,9 @@ pub(super) struct ImageRecord {
     pub(super) manifest: Option<Digest>,
     pub(super) created: Option<Timestamp>,
     pub(super) labels: BTreeMap<String, String>,
+    /// It was removed while a stopped container used it: it has no name, is not listed, and goes with the container.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) removed: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -47,7 +50,14 @@ pub(super) struct LayerRecord {
 
 impl ImageRecord {
     pub(super) fn size(&self) -> u64 {
-        self.layers.iter().map(|layer| layer.size).sum()
+        self.layers.iter().map(LayerRecord::on_disk).sum()
+    }
+}
+
+impl LayerRecord {
+    /// Bytes of the image and its recipe.
+    pub(super) fn on_disk(&self) -> u64 {
+        self.size + self.recipe_size
     }
 }
 
@@ -126,8 +136,15 @@ impl Db {
         Ok(Change(self.0.begin_write()?))
     }
 
-    pub(super) fn images(&self) -> Result<Vec<(ImageId, ImageRecord)>, Error> {
+    /// All images, those included that only containers know.
+    pub(super) fn images_and_removed(&self) -> Result<Vec<(ImageId, ImageRecord)>, Error> {
         all_images(&self.read()?.open_table(IMAGES)?)
+    }
+
+    pub(super) fn images(&self) -> Result<Vec<(ImageId, ImageRecord)>, Error> {
+        let mut images = self.images_and_removed()?;
+        images.retain(|(_, record)| !record.removed);
+        Ok(images)
     }
 
     pub(super) fn image(&self, id: &ImageId) -> Result<Option<ImageRecord>, Error> {
@@ -140,10 +157,14 @@ impl Db {
         let prefix = format!("sha256:{hex}");
         let table = self.read()?.open_table(IMAGES)?;
         let mut ids = Vec::new();
-        for item in table.range(prefix.as_str()..)?.take(2) {
-            let (key, _) = item?;
-            if key.value().starts_with(&prefix) {
-                ids.push(parse_id(key.value())?);
+        for item in table.range(prefix.as_str()..)? {
+            let (key, value) = item?;
+            if ids.len() == 2 || !key.value().starts_with(&prefix) {
+                break;
+            }
+            let id = parse_id(key.value())?;
+            if !parse_record(&id, value.value())?.removed {
+                ids.push(id);
             }
         }
         Ok(ids)
@@ -168,7 +189,7 @@ impl Db {
     }
 
     pub(super) fn references(&self) -> Result<References, Error> {
-        let images = self.images()?;
+        let images = self.images_and_removed()?;
         Ok(References::of(images.iter().map(|(id, record)| (id, record))))
     }
 }
@@ -196,13 +217,10 @@ impl Change {
         Ok(())
     }
 
-    pub(super) fn remove_tag(&self, tag: &Reference) -> Result<(), Error> {
-        self.0.open_table(TAGS)?.remove(tag.canonical().as_str())?;
-        Ok(())
-    }
-
-    pub(super) fn remove_digest(&self, name: &Reference) -> Result<(), Error> {
-        self.0.open_table(DIGESTS)?.remove(name.canonical().as_str())?;
+    /// Removes a tag or a digest.
+    pub(super) fn remove_name(&self, name: &Reference) -> Result<(), Error> {
+        let table = if name.digest().is_some() { DIGESTS } else { TAGS };
+        self.0.open_table(table)?.remove(name.canonical().as_str())?;
         Ok(())
     }
 

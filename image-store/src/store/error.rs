@@ -4,6 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::archive::ArchiveError;
+use crate::config::ChangeError;
+use crate::layer::LayerError;
 use crate::reference::InvalidReference;
 
 /// Why an operation on the store failed. The texts say one level each; causes are in `source()`.
@@ -33,6 +35,21 @@ pub enum Error {
     /// The archive is no good.
     #[error("the archive cannot be loaded")]
     Archive(#[source] ArchiveError),
+    /// A file system's tar stream is no good.
+    #[error("the tar stream cannot be used")]
+    Layer(#[source] LayerError),
+    /// A change to a config is no good.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+    /// A stream from the store broke.
+    #[error("cannot {action}")]
+    Stream {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
     /// Another process has the store open.
     #[error("the image store in `{path}` is in use by another process")]
     Locked {
@@ -87,11 +104,14 @@ impl Error {
             Self::Conflict(_) => ErrorKind::Conflict,
             Self::Ambiguous { .. } | Self::Reference(_) | Self::InvalidName(_) => ErrorKind::InvalidInput,
             Self::Archive(error) if error.is_local() => ErrorKind::Internal,
-            Self::Archive(_) => ErrorKind::InvalidInput,
+            Self::Layer(error) if error.is_local() => ErrorKind::Internal,
+            Self::Archive(_) | Self::Layer(_) | Self::Change(_) => ErrorKind::InvalidInput,
             Self::NoSpace(_) => ErrorKind::NoSpace,
-            Self::Locked { .. } | Self::Io { .. } | Self::Database(_) | Self::Corrupt { .. } => {
-                ErrorKind::Internal
-            }
+            Self::Locked { .. }
+            | Self::Io { .. }
+            | Self::Stream { .. }
+            | Self::Database(_)
+            | Self::Corrupt { .. } => ErrorKind::Internal,
         }
     }
 
@@ -110,6 +130,12 @@ fn is_full(error: &io::Error) -> bool {
 impl From<ArchiveError> for Error {
     fn from(error: ArchiveError) -> Self {
         if error.is_no_space() { Self::NoSpace(Box::new(error)) } else { Self::Archive(error) }
+    }
+}
+
+impl From<LayerError> for Error {
+    fn from(error: LayerError) -> Self {
+        if error.is_no_space() { Self::NoSpace(Box::new(error)) } else { Self::Layer(error) }
     }
 }
 

@@ -55,10 +55,12 @@ impl Files {
     /// The sizes of a stored layer's image and recipe. A layer that lacks either counts as not stored, so that the
     /// next load brings it.
     pub(super) fn layer_sizes(&self, diff_id: &Digest) -> Option<(u64, u64)> {
-        let size = |path: PathBuf| {
-            fs::metadata(path).ok().filter(fs::Metadata::is_file).map(|metadata| metadata.len())
-        };
-        Some((size(self.layer_path(diff_id))?, size(self.recipe_path(diff_id))?))
+        Some((self.image_size(diff_id)?, file_size(&self.recipe_path(diff_id))?))
+    }
+
+    /// The size of a stored layer's image.
+    pub(super) fn image_size(&self, diff_id: &Digest) -> Option<u64> {
+        file_size(&self.layer_path(diff_id))
     }
 
     /// Puts a new layer's files in place; the recipe comes last and makes the layer complete.
@@ -170,6 +172,10 @@ impl Drop for NewFiles {
     fn drop(&mut self) {
         self.0.iter().for_each(|file| remove_or_warn(file));
     }
+}
+
+fn file_size(path: &Path) -> Option<u64> {
+    fs::metadata(path).ok().filter(fs::Metadata::is_file).map(|metadata| metadata.len())
 }
 
 /// A file that stays behind takes space until the next start, which removes it.

@@ -1,12 +1,12 @@
 //! Questions to the store: which images there are, what a name means, what an image says.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::path::PathBuf;
 
 use jiff::Timestamp;
 
-use super::{Error, ImageStore};
+use super::{Error, ImageStore, LayerRecord};
 use crate::config::{ImageConfig, Platform};
 use crate::digest::{Digest, ImageId};
 use crate::reference::Reference;
@@ -22,6 +22,8 @@ pub struct ImageSummary {
     pub repo_digests: Vec<String>,
     /// Bytes of its layers on disk; layers can be shared with other images.
     pub size: u64,
+    /// Bytes of those of its layers that other images have, too.
+    pub shared_size: u64,
     /// When it was made.
     pub created: Option<Timestamp>,
     /// Its labels.
@@ -60,6 +62,8 @@ pub struct Layer {
     pub path: PathBuf,
     /// Its size, a multiple of 4096.
     pub size: u64,
+    /// Size of what leads from the image back to the tar stream.
+    pub recipe_size: u64,
 }
 
 impl Layer {
@@ -99,7 +103,10 @@ impl Image {
                 created: step.created,
                 created_by: step.created_by.clone(),
                 comment: step.comment.clone(),
-                size: if step.empty_layer { 0 } else { layers.next().map_or(0, |layer| layer.size) },
+                size: match step.empty_layer {
+                    true => 0,
+                    false => layers.next().map_or(0, |layer| layer.size + layer.recipe_size),
+                },
                 tags: Vec::new(),
             })
             .collect();
@@ -116,18 +123,25 @@ impl ImageStore {
     /// All images, newest first.
     pub fn list(&self) -> Result<Vec<ImageSummary>, Error> {
         let names = self.db.names()?;
-        let mut images: Vec<_> = self
-            .db
-            .images()?
+        let records = self.db.images()?;
+        let mut users: HashMap<Digest, usize> = HashMap::new();
+        for (_, record) in &records {
+            let layers: HashSet<_> = record.layers.iter().map(|layer| layer.diff_id).collect();
+            layers.into_iter().for_each(|layer| *users.entry(layer).or_default() += 1);
+        }
+        let is_shared = |layer: &&LayerRecord| users.get(&layer.diff_id).is_some_and(|users| *users > 1);
+        let mut images: Vec<_> = records
             .into_iter()
             .map(|(id, record)| {
                 let (repo_tags, repo_digests) = names.of(&id);
                 let size = record.size();
+                let shared_size = record.layers.iter().filter(is_shared).map(LayerRecord::on_disk).sum();
                 ImageSummary {
                     id,
                     repo_tags,
                     repo_digests,
                     size,
+                    shared_size,
                     created: record.created,
                     labels: record.labels,
                 }
@@ -135,6 +149,14 @@ impl ImageStore {
             .collect();
         images.sort_by_key(|image| std::cmp::Reverse(image.created));
         Ok(images)
+    }
+
+    /// Bytes on disk of all layers, each counted once.
+    pub fn layers_size(&self) -> Result<u64, Error> {
+        let records = self.db.images_and_removed()?;
+        let layers = records.iter().flat_map(|(_, record)| &record.layers);
+        let sizes: HashMap<_, _> = layers.map(|layer| (layer.diff_id, layer.on_disk())).collect();
+        Ok(sizes.values().sum())
     }
 
     /// What a name means: a tag, a digest, an id or the start of one.
@@ -146,8 +168,8 @@ impl ImageStore {
         if let Ok(digest) = full_id {
             let id = ImageId::from(digest);
             return match self.db.image(&id)? {
-                Some(_) => Ok(id),
-                None => Err(Error::NotFound { name: name.to_owned() }),
+                Some(record) if !record.removed => Ok(id),
+                _ => Err(Error::NotFound { name: name.to_owned() }),
             };
         }
         let short = name.strip_prefix("sha256:").unwrap_or(name);
@@ -180,6 +202,7 @@ impl ImageStore {
             path: self.files.layer_path(&layer.diff_id),
             diff_id: layer.diff_id,
             size: layer.size,
+            recipe_size: layer.recipe_size,
         };
         Ok(Image {
             id: *id,

@@ -2,11 +2,14 @@
 //! tags exist. Files come first (written aside, synced, renamed), then the database's commit makes them count; deletion
 //! goes the other way round. So the database never names what is not there, and what it does not name is debris.
 
+mod create;
 mod db;
 mod error;
 mod files;
 mod image;
+mod pins;
 mod remove;
+mod save;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -24,11 +27,15 @@ use crate::layer::NewLayer;
 use crate::recipe::LayerTar;
 use crate::reference::Reference;
 
+pub use create::{Commit, Created, Import};
 use db::{Db, ImageRecord, LayerRecord};
 pub use error::{Error, ErrorKind};
 use files::{Files, NewFiles};
 pub use image::{HistoryLine, Image, ImageSummary, Layer};
-pub use remove::Removal;
+pub use pins::PinnedLayers;
+use pins::Pins;
+pub use remove::{ImageUser, Removal};
+pub use save::ImageArchive;
 
 /// The images of one person, shared by all their VMs. Only one process can have a store open.
 #[derive(Debug)]
@@ -37,6 +44,7 @@ pub struct ImageStore {
     db: Db,
     /// Held while files and the database change together. Conversion, which takes long, happens outside of it.
     changes: Mutex<()>,
+    pins: Pins,
 }
 
 /// An image that a load brought.
@@ -75,7 +83,7 @@ impl ImageStore {
         let db = Db::open(&root.join("images.redb"))?;
         let references = db.references()?;
         files.remove_debris(&references)?;
-        Ok(Self { files, db, changes: Mutex::new(()) })
+        Ok(Self { files, db, changes: Mutex::new(()), pins: Pins::default() })
     }
 
     /// Loads all images of an archive: docker-archive or OCI layout, plain, gzip or zstd. Either all of it is kept or
@@ -169,6 +177,7 @@ impl ImageStore {
             manifest,
             created: image.config.created,
             labels: image.config.config.labels.clone(),
+            removed: false,
         })
     }
 }

@@ -2,11 +2,16 @@
 //! come from whoever made the image: unknown fields are skipped, `null` means "not there", and what has the wrong type
 //! or no valid digest is an error, so that a bad image fails when it is loaded and not when it is run.
 
+mod changes;
+mod syntax;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+pub use changes::{ChangeError, apply as apply_changes};
 
 use crate::digest::Digest;
 
