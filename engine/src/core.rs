@@ -17,6 +17,7 @@ use tokio::sync::{Notify, RwLock, oneshot};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    api::images,
     container::{
         Container, Stop,
         actor::{self, Message},
@@ -97,6 +98,7 @@ impl Core {
         core.load(records).await?;
         core.take_over().await;
         core.finish_removals().await;
+        images::forget_removed(&core).await;
         for container in core.containers.all() {
             container.tell(Message::DaemonStarted).await;
         }

@@ -29,7 +29,7 @@ pub(crate) const LAB: &[&str] = &["qemu-system-x86", "busybox-static", "cpio", "
 /// What makes the trial images.
 pub(crate) const IMAGES: &[&str] = &["busybox-static", "umoci", "skopeo"];
 /// The peers that benches compare with.
-pub(crate) const PEERS: &[&str] = &["crun", "runc", "qemu-system-x86"];
+pub(crate) const PEERS: &[&str] = &["crun", "runc", "qemu-system-x86", "podman"];
 /// What tests use besides.
 pub(crate) const TESTS: &[&str] = &["bsdutils", "curl", "erofs-utils", "tar"];
 

@@ -23,14 +23,20 @@ use crate::{
 };
 
 /// How many pieces of the body wait for the store.
-const QUEUE: usize = 16;
+pub(super) const QUEUE: usize = 16;
 /// Progress of one layer is told this often.
 const INTERVAL: Duration = Duration::from_millis(100);
 
 /// The body as a blocking reader.
-struct BodyReader {
+pub(super) struct BodyReader {
     pieces: mpsc::Receiver<io::Result<Bytes>>,
     current: Bytes,
+}
+
+impl BodyReader {
+    pub(super) fn new(pieces: mpsc::Receiver<io::Result<Bytes>>) -> Self {
+        Self { pieces, current: Bytes::new() }
+    }
 }
 
 impl Read for BodyReader {
@@ -66,7 +72,7 @@ pub(crate) async fn load(request: Request) -> Result<Response> {
     let feeder = request.core.tasks.spawn(feed(request.body, pieces));
     let images = Arc::clone(&request.core.images);
     tokio::task::spawn_blocking(move || {
-        let reader = BodyReader { pieces: reader, current: Bytes::new() };
+        let reader = BodyReader::new(reader);
         let mut throttle = Throttle::default();
         let mut progress = |progress: LoadProgress| {
             if !quiet && let Some(line) = throttle.line(&progress) {
@@ -121,7 +127,7 @@ fn lines(core: &Core, report: Report) -> Vec<Value> {
 }
 
 /// Moves the body to the reader; when the reader has had enough, to nowhere.
-async fn feed(mut body: Incoming, pieces: mpsc::Sender<io::Result<Bytes>>) {
+pub(super) async fn feed(mut body: Incoming, pieces: mpsc::Sender<io::Result<Bytes>>) {
     let mut wanted = true;
     while let Some(frame) = body.frame().await {
         let piece = match frame {

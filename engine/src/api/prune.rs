@@ -39,7 +39,7 @@ pub(crate) async fn containers(request: &Request) -> Result<Response> {
 }
 
 /// A point in time, or a span before now (`24h`, `10m30s`).
-fn until(text: &str) -> Result<UnixNanos> {
+pub(super) fn until(text: &str) -> Result<UnixNanos> {
     if let Some(span) = span_nanos(text) {
         return Ok(UnixNanos(UnixNanos::now().0.saturating_sub(span)));
     }

@@ -3,7 +3,10 @@
 use http::{HeaderValue, StatusCode};
 use serde_json::json;
 
-use super::images;
+use super::{
+    images,
+    images::list::{Details, summary},
+};
 use crate::{
     container::state::Status,
     error::Result,
@@ -150,9 +153,9 @@ pub(crate) async fn disk_usage(request: &Request) -> Result<Response> {
     let users = |id: &coracle_image_store::ImageId| {
         all.iter().filter(|container| container.record().image() == *id).count()
     };
-    let total: u64 = list.iter().map(|image| image.size).sum();
-    let summaries: Vec<_> =
-        list.iter().map(|image| super::images::summary(image, users(&image.id))).collect();
+    let total = images(core, coracle_image_store::ImageStore::layers_size).await?;
+    let details = Details { version: request.version, shared_size: true };
+    let summaries: Vec<_> = list.iter().map(|image| summary(image, users(&image.id), details)).collect();
     let containers: Vec<_> = all.iter().map(|container| super::list::summary(container)).collect();
     Ok(body::json(
         StatusCode::OK,

@@ -415,6 +415,7 @@ impl Actor {
         self.removed = true;
         self.core.execs.forget_container(&self.record.id);
         self.core.containers.remove(&self.record);
+        crate::api::images::forget_removed(&self.core).await;
         self.tell("destroy", BTreeMap::new());
         self.container.fanout.close();
         self.container.publish(Arc::new(self.record.clone()), true);

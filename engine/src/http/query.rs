@@ -21,6 +21,11 @@ impl Query {
         value.filter(|value| !value.is_empty())
     }
 
+    /// All values of a name.
+    pub(crate) fn all(&self, name: &str) -> impl Iterator<Item = &str> {
+        self.0.iter().filter(move |(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
     /// Docker's idea of truth.
     pub(crate) fn flag(&self, name: &str) -> bool {
         self.flag_or(name, false)

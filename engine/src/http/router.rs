@@ -20,8 +20,20 @@ pub(super) async fn route(request: Request) -> Result<Response> {
         ("GET", ["events"]) => events::events(&request),
         ("GET", ["system", "df"]) => system::disk_usage(&request).await,
 
-        ("GET", ["images", "json"]) => images::list(&request).await,
+        ("GET", ["images", "json"]) => images::list::list(&request).await,
+        ("GET", ["images", "get"]) => {
+            let names = request.query.all("names").flat_map(|names| names.split(','));
+            let names = names.filter(|name| !name.is_empty()).map(str::to_owned).collect();
+            images::save::save(&request, names).await
+        }
+        ("GET", ["images", name @ .., "get"]) if !name.is_empty() => {
+            images::save::save(&request, vec![name.join("/")]).await
+        }
+        ("POST", ["images", "prune"]) => images::prune::prune(&request).await,
         ("POST", ["images", "load"]) => load::load(request).await,
+        ("POST", ["images", "create"]) if request.query.get("fromSrc").is_some() => {
+            images::import::import(request).await
+        }
         ("POST", ["images", "create"]) => Err(images::no_pull(&request)),
         ("GET", ["images", name @ .., "json"]) if !name.is_empty() => {
             images::inspect(&request, &name.join("/")).await
@@ -90,10 +102,6 @@ fn missing(method: &str, path: &[&str]) -> Error {
         ("POST", ["images", .., "push"]) => {
             "pushing is not supported by Coracle yet: use another tool to copy images to a registry"
         }
-        ("GET", ["images", .., "get"]) => {
-            "saving images is not supported by Coracle yet: keep the archive that was loaded"
-        }
-        ("POST", ["images", "prune"]) => "pruning images is not supported by Coracle yet: use `docker rmi`",
         ("POST", ["commit"]) => {
             "committing containers is not supported by Coracle yet: build an image elsewhere and use `docker load`"
         }
@@ -132,7 +140,6 @@ mod tests {
             ("GET", "volumes"),
             ("GET", "containers/x/stats"),
             ("HEAD", "containers/x/archive"),
-            ("GET", "images/a/b/get"),
             ("POST", "swarm/init"),
         ] {
             let path: Vec<&str> = path.split('/').collect();

@@ -217,6 +217,12 @@ impl ImageStore {
         })
     }
 
+    /// The manifest by which the image came, as it came, if it came with one.
+    pub fn manifest(&self, id: &ImageId) -> Result<Option<Vec<u8>>, Error> {
+        let record = self.db.image(id)?.ok_or_else(|| Error::NotFound { name: id.to_string() })?;
+        record.manifest.map(|manifest| self.files.blob(&manifest)).transpose()
+    }
+
     /// Gives an image another tag; takes it from the image that had it.
     pub fn tag(&self, source: &str, target: &Reference) -> Result<(), Error> {
         if target.digest().is_some() {
