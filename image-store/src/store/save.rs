@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Read, Write};
 
+use coracle_tarball::{Entry, EntryKind, Mtime, TarWriter};
 use serde_json::{Value, json};
 
 use super::{Error, Image, ImageStore, PinnedLayers};
@@ -79,7 +80,7 @@ impl ImageArchive<'_> {
     /// Writes the archive.
     pub fn write_to(&self, out: impl Write) -> Result<(), Error> {
         let failed = |source| Error::Stream { action: "write the archive", source };
-        let mut archive = ArchiveWriter { tar: tar::Builder::new(out), written: HashSet::new() };
+        let mut archive = ArchiveWriter { tar: TarWriter::new(out), written: HashSet::new() };
         archive.directory("blobs/").map_err(failed)?;
         archive.directory("blobs/sha256/").map_err(failed)?;
         let (mut manifests, mut descriptors) = (Vec::new(), Vec::new());
@@ -110,7 +111,7 @@ impl ImageArchive<'_> {
         if !repositories.is_empty() {
             archive.document("repositories", &json!(repositories)).map_err(failed)?;
         }
-        archive.tar.into_inner().and_then(|mut out| out.flush()).map_err(failed)
+        archive.tar.finish().map(drop).map_err(failed)
     }
 
     /// The layers that are not in the archive yet; the descriptors of all.
@@ -171,18 +172,18 @@ fn docker_manifest(image: &Image, tags: &[Reference], layers: &[Value]) -> Value
 }
 
 struct ArchiveWriter<W: Write> {
-    tar: tar::Builder<W>,
+    tar: TarWriter<W>,
     written: HashSet<Digest>,
 }
 
 impl<W: Write> ArchiveWriter<W> {
     fn directory(&mut self, path: &str) -> io::Result<()> {
-        self.entry(tar::EntryType::Directory, 0o755, path, 0, io::empty())
+        self.entry(EntryKind::Directory, 0o755, path, 0, io::empty())
     }
 
     fn document(&mut self, path: &str, content: &Value) -> io::Result<()> {
         let bytes = content.to_string();
-        self.entry(tar::EntryType::Regular, 0o644, path, bytes.len() as u64, bytes.as_bytes())
+        self.entry(EntryKind::Regular, 0o644, path, bytes.len() as u64, bytes.as_bytes())
     }
 
     fn blob(&mut self, digest: &Digest, bytes: &[u8]) -> io::Result<()> {
@@ -195,26 +196,31 @@ impl<W: Write> ArchiveWriter<W> {
             return Ok(());
         }
         let path = format!("blobs/sha256/{}", digest.hex());
-        self.entry(tar::EntryType::Regular, 0o644, &path, size, content)
+        self.entry(EntryKind::Regular, 0o644, &path, size, content)
     }
 
     /// Equal archives for equal images: no times, no owners.
     fn entry(
         &mut self,
-        kind: tar::EntryType,
-        mode: u32,
+        kind: EntryKind,
+        mode: u16,
         path: &str,
         size: u64,
         content: impl Read,
     ) -> io::Result<()> {
-        let mut header = tar::Header::new_gnu();
-        header.set_entry_type(kind);
-        header.set_mode(mode);
-        header.set_uid(0);
-        header.set_gid(0);
-        header.set_mtime(0);
-        header.set_size(size);
-        // Large pieces: the reader hashes, and a write may be a message to another thread.
-        self.tar.append_data(&mut header, path, io::BufReader::with_capacity(256 * 1024, content))
+        let entry = Entry {
+            path: path.into(),
+            link: Vec::new(),
+            kind,
+            mode,
+            uid: 0,
+            gid: 0,
+            mtime: Mtime::default(),
+            device: (0, 0),
+            size,
+            xattrs: Vec::new(),
+            sparse: None,
+        };
+        self.tar.append(&entry, content)
     }
 }
