@@ -9,6 +9,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{GuestMemory, VolatileSlice};
 
 use super::Broken;
+use super::nowait::{self, retry};
 use crate::memory::Memory;
 
 /// More parts than this do not fit into one system call; no driver needs them.
@@ -129,18 +130,26 @@ impl<'m> Buffers<'m> {
         }
     }
 
-    /// One `readv`: from the descriptor into these buffers.
-    pub(crate) fn receive(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let vectors = self.vectors();
-        // SAFETY: the vectors point into guest memory that `self` borrows, which is only accessed as volatile memory.
-        retry(|| unsafe { libc::readv(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int) })
+    /// Adds other buffers behind these; false, and nothing added, if one system call could not take them all.
+    pub(crate) fn append(&mut self, other: &Self) -> bool {
+        let fits = self.parts.len() + other.parts.len() <= MAX_PARTS;
+        if fits {
+            self.len += other.len;
+            self.parts.extend_from_slice(&other.parts);
+        }
+        fits
     }
 
-    /// One `writev`: from these buffers to the descriptor.
-    pub(crate) fn send(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let vectors = self.vectors();
+    /// From the descriptor into these buffers, what is there now.
+    pub(crate) fn receive(&self, fd: BorrowedFd<'_>, kind: nowait::Kind) -> io::Result<usize> {
+        // SAFETY: the vectors point into guest memory that `self` borrows, which is only accessed as volatile memory.
+        unsafe { nowait::receive(fd, kind, &self.vectors()) }
+    }
+
+    /// From these buffers to the descriptor, what there is room for now.
+    pub(crate) fn send(&self, fd: BorrowedFd<'_>, kind: nowait::Kind) -> io::Result<usize> {
         // SAFETY: the vectors point into guest memory that `self` borrows; the kernel only reads it.
-        retry(|| unsafe { libc::writev(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int) })
+        unsafe { nowait::send(fd, kind, &self.vectors()) }
     }
 
     /// Fills the buffers from a position in a file; fails where the file ends too early.
@@ -189,20 +198,6 @@ impl<'m> Buffers<'m> {
 
 fn to_offset(position: u64) -> io::Result<libc::off64_t> {
     libc::off64_t::try_from(position).map_err(|_| io::ErrorKind::InvalidInput.into())
-}
-
-fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
-    loop {
-        match usize::try_from(call()) {
-            Ok(count) => return Ok(count),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 
 pub(crate) mod block;
 pub(crate) mod buffers;
+pub(crate) mod nowait;
 pub(crate) mod rng;
 pub(crate) mod serial;
 pub(crate) mod transport;

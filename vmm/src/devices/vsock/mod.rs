@@ -9,6 +9,7 @@ mod worker;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -32,8 +33,15 @@ pub(crate) struct Accepted {
 /// What the vsock thread is told besides what every device's is.
 #[derive(Debug)]
 pub(crate) enum VsockCommand {
-    Connect { port: u32, stream: OwnedFd },
-    Listen { port: u32 },
+    Connect {
+        port: u32,
+        stream: OwnedFd,
+    },
+    /// Answers when a connection will be accepted.
+    Listen {
+        port: u32,
+        done: SyncSender<()>,
+    },
 }
 
 /// What the thread shows of itself.
@@ -42,6 +50,8 @@ struct Shown {
     counts: Mutex<VsockCounts>,
     /// Monotonic nanoseconds of the first activation; 0 before it.
     activated: AtomicU64,
+    /// How often the thread had something to do.
+    rounds: AtomicU64,
 }
 
 /// The device as its transport sees it.
@@ -77,9 +87,12 @@ impl VsockHandle {
         self.commands.send(Command::Other(VsockCommand::Connect { port, stream }));
     }
 
-    /// Accepts the guest's connections to a port of the host.
+    /// Accepts the guest's connections to a port of the host, from when this returns on.
     pub(crate) fn listen(&self, port: u32) {
-        self.commands.send(Command::Other(VsockCommand::Listen { port }));
+        let (done, listening) = sync_channel(1);
+        self.commands.send(Command::Other(VsockCommand::Listen { port, done }));
+        // An error means that the thread has ended; then nothing is accepted any more.
+        let _ = listening.recv();
     }
 
     pub(crate) fn stop(&self) {
@@ -126,3 +139,6 @@ impl VirtioDevice for Vsock {
         self.commands.reset();
     }
 }
+
+#[cfg(test)]
+mod tests;

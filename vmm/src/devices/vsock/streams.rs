@@ -1,4 +1,5 @@
-//! The host's ends of connections: descriptors that never block, each with a bounded backlog of what it did not take yet.
+//! The host's ends of connections: sockets, ends of pipes or terminals, used without ever waiting for them, each with a bounded
+//! backlog of what it did not take yet.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSlice};
@@ -6,15 +7,24 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::epoll;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 
 use super::super::buffers::Buffers;
+use super::super::nowait::{self, Kind};
 use super::core::{Id, ReadResult};
+
+/// Which directions a descriptor has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Directions {
+    pub(super) gives: bool,
+    pub(super) takes: bool,
+}
 
 #[derive(Debug)]
 struct Stream {
     fd: OwnedFd,
+    kind: Kind,
+    directions: Directions,
     backlog: VecDeque<u8>,
 }
 
@@ -34,13 +44,23 @@ impl Streams {
         self.epoll.as_fd()
     }
 
-    pub(super) fn add(&mut self, id: Id, fd: OwnedFd) -> io::Result<()> {
-        fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+    /// Takes a stream that was made elsewhere, and says what can be done with it.
+    pub(super) fn add(&mut self, id: Id, fd: OwnedFd) -> io::Result<Directions> {
+        let flags = fcntl_getfl(&fd)?;
+        fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+        let kind = nowait::kind_of(fd.as_fd())?;
+        let access = flags & OFlags::RWMODE;
+        let directions = match kind {
+            Kind::Socket => Directions { gives: true, takes: true },
+            Kind::Pipe | Kind::Other => {
+                Directions { gives: access != OFlags::WRONLY, takes: access != OFlags::RDONLY }
+            }
+        };
         let interest =
             epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
         epoll::add(&self.epoll, &fd, epoll::EventData::new_u64(id.0), interest)?;
-        self.streams.insert(id, Stream { fd, backlog: VecDeque::new() });
-        Ok(())
+        self.streams.insert(id, Stream { fd, kind, directions, backlog: VecDeque::new() });
+        Ok(directions)
     }
 
     /// Makes a stream, keeps one end and returns the other.
@@ -58,17 +78,24 @@ impl Streams {
         }
     }
 
-    /// Ends a direction. What is not a socket has only one, which ends when it is closed.
-    pub(super) fn shut(&self, id: Id, how: Shutdown) {
-        if let Some(stream) = self.streams.get(&id) {
-            let _ = shutdown(&stream.fd, how);
+    /// Ends a direction. A descriptor that is not a socket and has only this one is closed, so that its other end sees it;
+    /// one that has both keeps them until it is closed.
+    pub(super) fn shut(&mut self, id: Id, how: Shutdown) {
+        let Some(stream) = self.streams.get(&id) else { return };
+        let Directions { gives, takes } = stream.directions;
+        match (stream.kind, how) {
+            // Fails only when the other end is gone already.
+            (Kind::Socket, _) => drop(shutdown(&stream.fd, how)),
+            (_, Shutdown::Write) if !gives => self.close(id),
+            (_, Shutdown::Read) if !takes => self.close(id),
+            _ => {}
         }
     }
 
     /// Reads straight into guest memory.
     pub(super) fn read(&self, id: Id, into: &Buffers<'_>) -> ReadResult {
         let Some(stream) = self.streams.get(&id) else { return ReadResult::Failed };
-        match into.receive(stream.fd.as_fd()) {
+        match into.receive(stream.fd.as_fd(), stream.kind) {
             Ok(0) => ReadResult::EndOfFile,
             Ok(len) => ReadResult::Bytes(u32::try_from(len).unwrap_or(u32::MAX)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => ReadResult::WouldBlock,
@@ -83,7 +110,7 @@ impl Streams {
         };
         let mut written = 0;
         while stream.backlog.is_empty() && from.len() > 0 {
-            match from.send(stream.fd.as_fd()) {
+            match from.send(stream.fd.as_fd(), stream.kind) {
                 Ok(len) => {
                     written += len;
                     from.split_front(len);
@@ -106,14 +133,14 @@ impl Streams {
         let mut written = 0;
         while !stream.backlog.is_empty() {
             let (first, second) = stream.backlog.as_slices();
-            match rustix::io::writev(&stream.fd, &[IoSlice::new(first), IoSlice::new(second)]) {
+            let parts = [IoSlice::new(first), IoSlice::new(second)];
+            match nowait::send_slices(stream.fd.as_fd(), stream.kind, &parts) {
                 Ok(len) => {
                     stream.backlog.drain(..len);
                     written += len;
                 }
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => break,
-                Err(errno) => return Err(errno.into()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
             }
         }
         if stream.backlog.is_empty() && stream.backlog.capacity() > 64 * 1024 {

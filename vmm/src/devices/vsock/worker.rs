@@ -1,6 +1,8 @@
 //! The vsock thread: waits for kicks, streams and commands, moves packets between the queues and the core, and bytes
 //! between streams and guest memory. It never blocks on anything but the wait for all of them; nothing in it is polled.
+//! Where the guest has several buffers free, one system call fills all of them.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::PoisonError;
@@ -14,9 +16,9 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use super::super::buffers::{self, Buffers};
 use super::super::worker::{Command, Inbox};
 use super::super::{Activation, Broken};
-use super::core::{Action, Core, Id, Outgoing, ReadResult};
+use super::core::{Action, Core, Id, Outgoing, ReadResult, Room};
 use super::packet::{HEADER_LEN, Header};
-use super::streams::Streams;
+use super::streams::{Directions, Streams};
 use super::{Accepted, GUEST_CID, Shown, VsockCommand};
 use crate::clock;
 use crate::limit::warn_limited;
@@ -30,6 +32,8 @@ const TO_GUEST: usize = 0;
 const FROM_GUEST: usize = 1;
 /// Packets of one direction before the other gets its turn.
 const BATCH: usize = 256;
+/// Buffers of the guest that one read may fill.
+const MOST_SLOTS: u32 = 64;
 
 /// Runs the device until it is stopped.
 pub(super) fn run(
@@ -50,6 +54,7 @@ pub(super) fn run(
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
+        shown.rounds.fetch_add(1, Ordering::Relaxed);
         for event in &events {
             if worker.on_event(event.data.u64(), event.flags).is_break() {
                 return Ok(());
@@ -96,14 +101,21 @@ impl<F: FnMut(Accepted)> Worker<'_, F> {
 
     fn obey(&mut self, command: VsockCommand) {
         match command {
-            VsockCommand::Listen { port } => self.core.listen(port),
+            VsockCommand::Listen { port, done } => {
+                self.core.listen(port);
+                // The client waits, unless its thread has ended.
+                let _ = done.send(());
+            }
             VsockCommand::Connect { port, stream } => {
                 let Some(id) = self.core.connect(port) else {
                     return tracing::warn!(port, "too many vsock connections");
                 };
-                if let Err(error) = self.streams.add(id, stream) {
-                    tracing::warn!(port, %error, "a descriptor cannot be used as a stream");
-                    self.core.refuse(id);
+                match self.streams.add(id, stream) {
+                    Ok(Directions { gives, takes }) => self.core.one_way(id, gives, takes),
+                    Err(error) => {
+                        tracing::warn!(port, %error, "a descriptor cannot be used as a stream");
+                        self.core.refuse(id);
+                    }
                 }
             }
         }
@@ -246,58 +258,58 @@ impl<F: FnMut(Accepted)> Worker<'_, F> {
 
     /// Fills the guest's buffers as long as there are any and there is something to send; true if there is more.
     fn send_to_guest(&mut self, memory: &Memory, queue: &mut Queue) -> Result<bool, Broken> {
+        let mut slots = Slots { memory, queue, taken: VecDeque::new() };
         let mut budget = BATCH;
-        while self.core.has_packets() {
-            let Some(chain) = queue.iter(memory)?.next() else {
-                // The guest kicks when it gives new buffers; until then nothing here is ready.
-                if queue.enable_notification(memory)? {
-                    continue;
-                }
-                return Ok(false);
-            };
-            let head = chain.head_index();
-            let (_, mut buffer) = buffers::collect(memory, chain)?;
-            let header_part = buffer.split_front(HEADER_LEN).ok_or(Broken::Chain)?;
-            let Some(header) = self.next_for_guest(&buffer) else {
-                // Nothing to send after all: the buffer stays available.
-                queue.go_to_previous_position();
-                return Ok(false);
-            };
-            header_part.copy_from(&header.encode()).ok_or(Broken::Chain)?;
-            // One packet is far smaller than 4 GiB.
-            queue.add_used(memory, head, HEADER_LEN as u32 + header.len)?;
-            budget -= 1;
-            if budget == 0 {
-                return Ok(true);
+        let more = loop {
+            if !self.core.has_packets() {
+                break false;
             }
-        }
-        Ok(false)
+            // The guest kicks when it gives new buffers; until then nothing here is ready.
+            if !slots.have_one(true)? {
+                break false;
+            }
+            let sent = match self.core.next_packet() {
+                None => continue,
+                Some(Outgoing::Control(header)) => slots.fill(&header).map(|()| 1)?,
+                Some(Outgoing::Data(id, room)) => match self.send_data(id, room, &mut slots)? {
+                    Some(sent) => sent,
+                    None => break false,
+                },
+            };
+            if sent >= budget {
+                break true;
+            }
+            budget -= sent;
+        };
+        slots.give_back();
+        Ok(more)
     }
 
-    /// The next packet's header, its payload being in `buffer` already.
-    fn next_for_guest(&mut self, buffer: &Buffers<'_>) -> Option<Header> {
-        while let Some(outgoing) = self.core.next_packet() {
-            let (id, most) = match outgoing {
-                Outgoing::Control(header) => return Some(header),
-                Outgoing::Data(id, most) => (id, most),
-            };
-            let room = buffer.len().min(usize::try_from(most).unwrap_or(usize::MAX));
-            let result = match buffer.clone().split_front(room) {
-                Some(part) if room > 0 => self.streams.read(id, &part),
-                // A buffer without room for payload cannot carry data; there may be others.
-                _ => {
-                    self.core.read_deferred(id);
-                    return None;
-                }
-            };
-            if let Some(header) = self.core.read_done(id, result) {
-                return Some(header);
-            }
+    /// Reads from a stream into as many of the guest's buffers as the room allows, by one system call. Returns the number of
+    /// packets that became of it; `None` if the guest's next buffer has no place for data.
+    fn send_data(&mut self, id: Id, room: Room, slots: &mut Slots<'_, '_>) -> Result<Option<usize>, Broken> {
+        let Some(target) = slots.gather(room)? else {
+            // There may be larger ones behind it, when the guest gives them.
+            self.core.read_deferred(id);
+            return Ok(None);
+        };
+        let result = self.streams.read(id, &target);
+        let ReadResult::Bytes(mut left) = result else {
+            self.core.read_done(id, result);
             if result == ReadResult::Failed {
                 self.streams.forget_backlog(id);
             }
+            return Ok(Some(0));
+        };
+        let mut sent = 0;
+        while left > 0 {
+            let len = slots.room_of_next().min(left);
+            let Some(header) = self.core.read_done(id, ReadResult::Bytes(len)) else { break };
+            slots.fill(&header)?;
+            left -= len;
+            sent += 1;
         }
-        None
+        Ok(Some(sent))
     }
 
     /// Does to the streams what the core asks for.
@@ -324,5 +336,80 @@ impl<F: FnMut(Accepted)> Worker<'_, F> {
     fn announce(&mut self, port: u32, guest_port: u32, stream: OwnedFd) {
         tracing::debug!(port, guest_port, fd = ?stream.as_fd(), "the guest connected");
         (self.on_accept)(Accepted { port, guest_port, stream });
+    }
+}
+
+/// A buffer that the guest gave for one packet.
+struct Slot<'m> {
+    head: u16,
+    header: Buffers<'m>,
+    payload: Buffers<'m>,
+}
+
+/// The guest's buffers, in order. Those that were taken and not filled go back.
+struct Slots<'m, 'q> {
+    memory: &'m Memory,
+    queue: &'q mut Queue,
+    taken: VecDeque<Slot<'m>>,
+}
+
+impl<'m> Slots<'m, '_> {
+    /// Takes one more buffer; false if there is none. If `arm`, the guest will then kick when it gives one.
+    fn take(&mut self, arm: bool) -> Result<bool, Broken> {
+        loop {
+            if let Some(chain) = self.queue.iter(self.memory)?.next() {
+                let head = chain.head_index();
+                let (_, mut payload) = buffers::collect(self.memory, chain)?;
+                let header = payload.split_front(HEADER_LEN).ok_or(Broken::Chain)?;
+                self.taken.push_back(Slot { head, header, payload });
+                return Ok(true);
+            }
+            if !arm || !self.queue.enable_notification(self.memory)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    fn have_one(&mut self, arm: bool) -> Result<bool, Broken> {
+        Ok(!self.taken.is_empty() || self.take(arm)?)
+    }
+
+    /// How many bytes the next buffer takes.
+    fn room_of_next(&self) -> u32 {
+        let room = self.taken.front().map_or(0, |slot| slot.payload.len());
+        u32::try_from(room).unwrap_or(u32::MAX)
+    }
+
+    /// The places for data of the next buffers, as far as the room reaches; `None` if the first of them has none.
+    fn gather(&mut self, room: Room) -> Result<Option<Buffers<'m>>, Broken> {
+        let most = usize::try_from(room.bytes).unwrap_or(usize::MAX);
+        let mut target = Buffers::default();
+        for index in 0..room.packets.min(MOST_SLOTS) as usize {
+            if target.len() >= most || index == self.taken.len() && !self.take(false)? {
+                break;
+            }
+            let Some(slot) = self.taken.get(index) else { break };
+            if slot.payload.len() == 0 || !target.append(&slot.payload) {
+                break;
+            }
+        }
+        let len = target.len().min(most);
+        Ok(target.split_front(len).filter(|target| target.len() > 0))
+    }
+
+    /// Completes the next buffer; its data, if there is any, is in it already.
+    fn fill(&mut self, header: &Header) -> Result<(), Broken> {
+        let slot = self.taken.pop_front().ok_or(Broken::Ring)?;
+        slot.header.copy_from(&header.encode()).ok_or(Broken::Chain)?;
+        // One packet is far smaller than 4 GiB.
+        let len = HEADER_LEN as u32 + header.len;
+        Ok(self.queue.add_used(self.memory, slot.head, len)?)
+    }
+
+    /// Makes what was taken and not filled available again.
+    fn give_back(self) {
+        for _ in &self.taken {
+            self.queue.go_to_previous_position();
+        }
     }
 }

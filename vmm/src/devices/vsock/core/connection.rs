@@ -5,18 +5,17 @@ use std::collections::VecDeque;
 use super::super::packet::{
     HOST_CID, Header, Operation, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
 };
-use super::{BUFFER, Ports};
+use super::{Ports, Room};
 
-/// What a packet costs its receiver beyond its bytes. Linux counts about 600 bytes on 64-bit machines.
+/// What a packet costs its receiver beyond its bytes: Linux refuses more packets than its buffer holds of these. It counts
+/// about 600 bytes on 64-bit machines.
 const PACKET_OVERHEAD: u32 = 1024;
-/// The most in one packet; it is also bounded by the guest's buffers.
+/// The most in one turn; it is also bounded by the guest's buffers.
 const MAX_PAYLOAD: u32 = 64 * 1024;
 /// Less credit than this is not worth a packet while others are under way.
 const MIN_PAYLOAD: u32 = 2048;
 /// No more than this is under way, whatever the guest says it can buffer: what is remembered of it is bounded.
 const MAX_WINDOW: u32 = 4 * 1024 * 1024;
-/// The guest is told of this much newly free buffer.
-const CREDIT_STEP: u32 = BUFFER / 4;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
@@ -38,12 +37,15 @@ pub(super) enum State {
 pub(super) enum Next {
     Nothing,
     Control(Operation, u32),
-    Data(u32),
+    Data(Room),
 }
 
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub(super) struct Connection {
     pub(super) ports: Ports,
+    /// What is buffered for the stream at most, and advertised to the guest.
+    buffer: u32,
     pub(super) state: State,
     /// It stands in the queue of turns.
     pub(super) has_turn: bool,
@@ -74,9 +76,10 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    fn new(ports: Ports, state: State) -> Self {
+    fn new(ports: Ports, state: State, buffer: u32) -> Self {
         Self {
             ports,
+            buffer,
             state,
             has_turn: false,
             readable: false,
@@ -97,12 +100,12 @@ impl Connection {
         }
     }
 
-    pub(super) fn connecting(ports: Ports) -> Self {
-        Self::new(ports, State::Connecting { sent: false })
+    pub(super) fn connecting(ports: Ports, buffer: u32) -> Self {
+        Self::new(ports, State::Connecting { sent: false }, buffer)
     }
 
-    pub(super) fn accepting(ports: Ports, request: &Header) -> Self {
-        let mut connection = Self::new(ports, State::Accepting);
+    pub(super) fn accepting(ports: Ports, request: &Header, buffer: u32) -> Self {
+        let mut connection = Self::new(ports, State::Accepting, buffer);
         connection.guest_buffer = request.buf_alloc;
         connection
     }
@@ -152,7 +155,7 @@ impl Connection {
             Operation::Data => {
                 self.state == State::Open
                     && self.guest_shutdown & SHUTDOWN_SEND == 0
-                    && len <= BUFFER.saturating_sub(self.buffered())
+                    && len <= self.buffer.saturating_sub(self.buffered())
             }
         }
     }
@@ -169,7 +172,7 @@ impl Connection {
     pub(super) fn delivered(&mut self, len: u32) {
         // More than is buffered cannot have been written.
         self.forwarded = self.forwarded.wrapping_add(len.min(self.buffered()));
-        if self.forwarded.wrapping_sub(self.reported) >= CREDIT_STEP {
+        if self.forwarded.wrapping_sub(self.reported) >= self.buffer / 4 {
             self.owes_credit = true;
         }
     }
@@ -215,7 +218,7 @@ impl Connection {
             State::Connecting { sent } => !sent,
             State::Responding => true,
             State::Open => {
-                self.untold_shutdown() != 0 || self.owes_credit || self.room() > 0 || self.should_ask()
+                self.untold_shutdown() != 0 || self.owes_credit || self.room().bytes > 0 || self.should_ask()
             }
             State::Accepting | State::Draining => false,
         }
@@ -247,7 +250,7 @@ impl Connection {
             return Next::Control(Operation::CreditRequest, 0);
         }
         match self.room() {
-            0 => Next::Nothing,
+            Room { bytes: 0, .. } => Next::Nothing,
             room => Next::Data(room),
         }
     }
@@ -267,23 +270,25 @@ impl Connection {
             && self.guest_shutdown & SHUTDOWN_RECEIVE == 0
     }
 
-    /// How much may be read from the stream and sent in one packet now.
-    fn room(&self) -> u32 {
+    /// How much may be read from the stream and sent now.
+    fn room(&self) -> Room {
         if !self.reads() {
-            return 0;
+            return Room::default();
         }
-        let credit = self.guest_buffer.min(MAX_WINDOW).saturating_sub(self.under_way());
-        if self.in_flight.is_empty() {
-            return credit.min(MAX_PAYLOAD);
+        let window = self.guest_buffer.min(MAX_WINDOW);
+        let bytes = window.saturating_sub(self.under_way()).min(MAX_PAYLOAD);
+        let in_flight = u32::try_from(self.in_flight.len()).unwrap_or(u32::MAX);
+        // One packet may always be under way, however small the guest's buffer is.
+        let packets = (window / PACKET_OVERHEAD).max(1).saturating_sub(in_flight);
+        if in_flight > 0 && bytes < MIN_PAYLOAD || bytes == 0 || packets == 0 {
+            return Room::default();
         }
-        let packets = u32::try_from(self.in_flight.len()).unwrap_or(u32::MAX).saturating_add(1);
-        let metered = credit.saturating_sub(packets.saturating_mul(PACKET_OVERHEAD));
-        if metered < MIN_PAYLOAD { 0 } else { metered.min(MAX_PAYLOAD) }
+        Room { bytes, packets }
     }
 
     /// Data waits for credit and the guest may not know it: it may have consumed packets without saying so.
     fn should_ask(&self) -> bool {
-        self.reads() && self.room() == 0 && !self.asked_credit && !self.in_flight.is_empty()
+        self.reads() && self.room().bytes == 0 && !self.asked_credit && !self.in_flight.is_empty()
     }
 
     pub(super) fn sent(&mut self, len: u32) {
@@ -304,7 +309,7 @@ impl Connection {
             kind: TYPE_STREAM,
             operation: operation as u16,
             flags: flags & SHUTDOWN_BOTH,
-            buf_alloc: BUFFER,
+            buf_alloc: self.buffer,
             fwd_cnt: self.forwarded,
         }
     }

@@ -9,7 +9,8 @@
 //!   that becomes too much, so packets are metered as well as bytes.
 //! - The directions end one by one: the host's end of file is a SHUTDOWN(SEND), the guest's SHUTDOWN(SEND) ends the
 //!   host's stream for writing after everything was written. Both together end the connection, acknowledged by RST.
-//! - Connections with something to send take turns, a packet each.
+//! - Connections with something to send take turns; a turn is a control packet or a bounded run of data packets.
+//! - The more connections there are, the less is buffered for each, so that all buffers together stay bounded.
 
 mod connection;
 
@@ -19,8 +20,8 @@ use self::connection::{Connection, Next, State};
 use super::packet::{HOST_CID, Header, Operation, SHUTDOWN_BOTH, TYPE_STREAM};
 use crate::control::VsockCounts;
 
-/// What is buffered for a slow stream of the host's, and advertised to the guest.
-pub(crate) const BUFFER: u32 = 256 * 1024;
+/// What is buffered for a slow stream of the host's, and advertised to the guest, as long as there are few connections.
+const BUFFER: u32 = 256 * 1024;
 /// The most connections at a time.
 pub(crate) const MAX_CONNECTIONS: usize = 4096;
 /// The most resets that wait for room in the guest's queue; more are forgotten.
@@ -52,13 +53,22 @@ pub(crate) enum Action {
     Close(Id),
 }
 
+/// How much may be sent to the guest in one turn.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// At most this many bytes,
+    pub(crate) bytes: u32,
+    /// in at most this many packets.
+    pub(crate) packets: u32,
+}
+
 /// A packet for the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outgoing {
     /// Send this.
     Control(Header),
-    /// Read up to this much from the stream and say by [`Core::read_done`] what came of it.
-    Data(Id, u32),
+    /// Read up to this much from the stream and say by [`Core::read_done`] what came of it, once for each packet.
+    Data(Id, Room),
 }
 
 /// What came of reading from a stream.
@@ -73,6 +83,7 @@ pub(crate) enum ReadResult {
 
 /// All connections of one machine.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub(crate) struct Core {
     guest_cid: u64,
     connections: HashMap<Id, Connection>,
@@ -130,7 +141,7 @@ impl Core {
                 break ports;
             }
         };
-        let id = self.insert(Connection::connecting(ports));
+        let id = self.insert(Connection::connecting(ports, self.buffer_for_one_more()));
         self.counts.connected += 1;
         self.take_turn(id);
         Some(id)
@@ -148,6 +159,16 @@ impl Core {
     /// There will be no stream for [`Action::Accept`].
     pub(crate) fn refuse(&mut self, id: Id) {
         self.reset(id);
+    }
+
+    /// The stream is one that gives nothing, or that takes nothing: the end of a pipe has one direction only.
+    pub(crate) fn one_way(&mut self, id: Id, gives: bool, takes: bool) {
+        if !gives {
+            self.read_done(id, ReadResult::EndOfFile);
+        }
+        if !takes {
+            self.host_gone(id);
+        }
     }
 
     /// The stream can be read (or has ended, which reading will tell).
@@ -222,7 +243,7 @@ impl Core {
                     return Some(Outgoing::Control(header));
                 }
                 // It takes its next turn when the read is done.
-                Next::Data(most) => return Some(Outgoing::Data(id, most)),
+                Next::Data(room) => return Some(Outgoing::Data(id, room)),
             }
         }
         None
@@ -274,6 +295,15 @@ impl Core {
         }
     }
 
+    /// All together at most 160 MiB, which takes a guest with thousands of connections and a host that reads none of them.
+    fn buffer_for_one_more(&self) -> u32 {
+        match self.connections.len() {
+            0..256 => BUFFER,
+            256..1024 => BUFFER / 4,
+            _ => BUFFER / 16,
+        }
+    }
+
     fn insert(&mut self, connection: Connection) -> Id {
         let id = Id(self.next_id);
         self.next_id += 1;
@@ -298,7 +328,7 @@ impl Core {
             Operation::Request
                 if self.listeners.contains(&ports.host) && self.connections.len() < MAX_CONNECTIONS =>
             {
-                let id = self.insert(Connection::accepting(ports, header));
+                let id = self.insert(Connection::accepting(ports, header, self.buffer_for_one_more()));
                 self.actions.push_back(Action::Accept(id, ports));
             }
             _ => self.push_reset(ports),
@@ -393,9 +423,12 @@ impl Core {
     }
 
     fn reset(&mut self, id: Id) {
-        let Some(ports) = self.connections.get(&id).map(|connection| connection.ports) else { return };
+        let Some(connection) = self.connections.get(&id) else { return };
+        let (ports, unannounced) = (connection.ports, connection.is_unannounced());
         self.counts.reset += 1;
-        self.push_reset(ports);
+        if !unannounced {
+            self.push_reset(ports);
+        }
         self.unlink(id);
         self.drain(id);
     }

@@ -50,7 +50,7 @@ fn pump(core: &mut Core, id: Id, chunk: u32) -> (usize, u32) {
     while let Some(outgoing) = core.next_packet() {
         if let Outgoing::Data(of, most) = outgoing {
             assert_eq!(of, id);
-            let len = most.min(chunk);
+            let len = most.bytes.min(chunk);
             assert!(is(&core.read_done(id, ReadResult::Bytes(len)).unwrap(), Operation::Data));
             packets += 1;
             bytes += len;
@@ -293,4 +293,51 @@ fn a_flood_is_bounded() {
     assert_eq!(core.counts().open, MAX_CONNECTIONS as u64);
     assert!(core.resets.len() <= MAX_RESETS);
     assert!(core.connect(1).is_none());
+}
+
+#[test]
+fn with_thousands_of_connections_nobody_is_served_twice_before_everybody_was_once() {
+    let mut core = Core::new(CID);
+    let ids: Vec<Id> = (0..MAX_CONNECTIONS).map(|_| connected(&mut core).0).collect();
+    ids.iter().for_each(|id| core.host_readable(*id));
+    for _ in 0..3 {
+        for expected in &ids {
+            let Some(Outgoing::Data(id, _)) = core.next_packet() else { panic!("nothing to send") };
+            assert_eq!(id, *expected);
+            core.read_done(id, ReadResult::Bytes(1));
+        }
+    }
+}
+
+#[test]
+fn all_that_is_buffered_together_is_bounded() {
+    let mut core = Core::new(CID);
+    core.listen(1);
+    let mut sum = 0u64;
+    for guest in 0..MAX_CONNECTIONS as u32 {
+        core.guest_packet(&packet(Operation::Request, Ports { host: 1, guest }));
+        let Some(Action::Accept(id, _)) = core.next_action() else { panic!("not accepted") };
+        core.accepted(id);
+        sum += u64::from(control(&mut core).buf_alloc);
+    }
+    assert!(sum <= 160 << 20, "{sum}");
+    // When they are gone, there is room for all of a new one again.
+    core.device_reset();
+    while core.next_action().is_some() {}
+    core.guest_packet(&packet(Operation::Request, Ports { host: 1, guest: 1 }));
+    let Some(Action::Accept(id, _)) = core.next_action() else { panic!("not accepted") };
+    core.accepted(id);
+    assert_eq!(control(&mut core).buf_alloc, BUFFER);
+}
+
+#[test]
+fn a_pipe_that_only_takes_is_told_to_the_guest_when_it_is_there() {
+    let mut core = Core::new(CID);
+    let id = core.connect(9).unwrap();
+    core.one_way(id, false, true);
+    let request = control(&mut core);
+    assert!(is(&request, Operation::Request) && !core.has_packets());
+    core.guest_packet(&packet(Operation::Response, Ports { host: request.src_port, guest: 9 }));
+    let shutdown = control(&mut core);
+    assert_eq!((shutdown.operation, shutdown.flags), (Operation::Shutdown as u16, SHUTDOWN_SEND));
 }
