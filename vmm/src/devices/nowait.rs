@@ -40,6 +40,7 @@ pub(crate) unsafe fn receive(fd: BorrowedFd<'_>, kind: Kind, vectors: &[libc::io
             // SAFETY: as above.
             let now = retry(|| unsafe { libc::preadv2(fd, vectors.as_ptr(), count, -1, libc::RWF_NOWAIT) });
             match now {
+                // SAFETY: as above.
                 Err(error) if lacks(&error) => unsafe { receive_plainly(fd, vectors) },
                 result => result,
             }
@@ -66,6 +67,7 @@ pub(crate) unsafe fn send(fd: BorrowedFd<'_>, kind: Kind, vectors: &[libc::iovec
             // SAFETY: as above.
             let now = retry(|| unsafe { libc::pwritev2(fd, vectors.as_ptr(), count, -1, libc::RWF_NOWAIT) });
             match now {
+                // SAFETY: as above.
                 Err(error) if lacks(&error) => unsafe { send_plainly(fd, vectors) },
                 result => result,
             }
@@ -142,8 +144,8 @@ mod tests {
             assert_eq!((kind_of(read).unwrap(), kind_of(write).unwrap()), (kind, kind));
             let mut bytes = [7u8; 4096];
             let vectors = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
-            // SAFETY: the vector is the array.
             let would_block = |result: io::Result<usize>| result.unwrap_err().kind();
+            // SAFETY: the vector is the array, which nobody else uses.
             unsafe {
                 assert_eq!(would_block(receive(read, kind, &vectors)), io::ErrorKind::WouldBlock);
                 let full = loop {
