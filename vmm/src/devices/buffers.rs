@@ -3,13 +3,13 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestMemory, VolatileSlice};
 
 use super::Broken;
-use super::nowait::{self, retry};
+use super::nowait;
 use crate::memory::Memory;
 
 /// More parts than this do not fit into one system call; no driver needs them.
@@ -46,6 +46,12 @@ pub(crate) fn collect<'m>(
 }
 
 impl<'m> Buffers<'m> {
+    /// Buffers of one part.
+    #[cfg(test)]
+    pub(crate) fn of(part: VolatileSlice<'m>) -> Self {
+        Self { len: part.len(), parts: vec![part] }
+    }
+
     fn push(&mut self, slice: VolatileSlice<'m>) -> Result<(), Broken> {
         if self.parts.len() >= MAX_PARTS {
             return Err(Broken::Chain);
@@ -152,43 +158,8 @@ impl<'m> Buffers<'m> {
         unsafe { nowait::send(fd, kind, &self.vectors()) }
     }
 
-    /// Fills the buffers from a position in a file; fails where the file ends too early.
-    pub(crate) fn read_file(mut self, fd: BorrowedFd<'_>, mut position: u64) -> io::Result<()> {
-        while self.len > 0 {
-            let vectors = self.vectors();
-            let offset = to_offset(position)?;
-            // SAFETY: as in `receive`.
-            let count = retry(|| unsafe {
-                libc::preadv64(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int, offset)
-            })?;
-            if count == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            position += count as u64;
-            self.split_front(count);
-        }
-        Ok(())
-    }
-
-    /// Writes the buffers to a position in a file.
-    pub(crate) fn write_file(mut self, fd: BorrowedFd<'_>, mut position: u64) -> io::Result<()> {
-        while self.len > 0 {
-            let vectors = self.vectors();
-            let offset = to_offset(position)?;
-            // SAFETY: as in `send`.
-            let count = retry(|| unsafe {
-                libc::pwritev64(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as libc::c_int, offset)
-            })?;
-            if count == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
-            position += count as u64;
-            self.split_front(count);
-        }
-        Ok(())
-    }
-
-    fn vectors(&self) -> Vec<libc::iovec> {
+    /// For system calls; it is as good as the buffers themselves, and no longer.
+    pub(crate) fn vectors(&self) -> Vec<libc::iovec> {
         self.parts
             .iter()
             .map(|part| libc::iovec { iov_base: part.ptr_guard_mut().as_ptr().cast(), iov_len: part.len() })
@@ -196,14 +167,9 @@ impl<'m> Buffers<'m> {
     }
 }
 
-fn to_offset(position: u64) -> io::Result<libc::off64_t> {
-    libc::off64_t::try_from(position).map_err(|_| io::ErrorKind::InvalidInput.into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
     use vm_memory::{Bytes, GuestAddress};
 
     fn buffers<'m>(memory: &'m Memory, parts: &[(u64, usize)]) -> Buffers<'m> {
@@ -229,19 +195,5 @@ mod tests {
         }
         assert!(all.clone().split_front(9).is_none());
         assert_eq!(all.clone().split_back(5).unwrap().len(), 3);
-    }
-
-    #[test]
-    fn a_file_is_read_and_written_up_to_its_end() {
-        let memory = crate::memory::allocate(&[(GuestAddress(0), 0x1000)]).unwrap();
-        memory.write_slice(b"abcdefgh", GuestAddress(0)).unwrap();
-        let file = tempfile::tempfile().unwrap();
-        buffers(&memory, &[(4, 4), (0, 4)]).write_file(file.as_fd(), 10).unwrap();
-        buffers(&memory, &[(0x100, 3), (0x103, 6)]).read_file(file.as_fd(), 9).unwrap();
-        let mut found = [1; 9];
-        memory.read_slice(&mut found, GuestAddress(0x100)).unwrap();
-        assert_eq!(&found, b"\0efghabcd");
-        let beyond = buffers(&memory, &[(0x100, 3)]).read_file(file.as_fd(), 17);
-        assert_eq!(beyond.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 }

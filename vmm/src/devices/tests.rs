@@ -1,6 +1,8 @@
 //! Every device against a guest that writes garbage: whatever stands in its rings and buffers, the device's thread lives
 //! on, tells the guest that it is broken or ignores it, and works again after a reset.
 
+pub(crate) mod ring;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;

@@ -1,7 +1,8 @@
-//! The one way to start a device's thread, and the loop of devices that serve one queue, request by request. A thread
+//! The one way to start a device's thread, and the loop of devices that answer every request at once. A thread
 //! that fails or panics turns its device into one that needs a reset; the machine goes on.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{Activation, Broken, Signals};
+use super::{Activation, ActiveQueue, Broken, Signals};
 use crate::limit::warn_limited;
 use crate::memory::Memory;
 
@@ -124,16 +125,19 @@ pub(crate) fn spawn<T: Send + 'static>(
     Ok((Commands { sender, wake }, thread))
 }
 
-/// A device that answers requests from one queue.
+/// A device that answers requests at once.
 pub(crate) trait RequestHandler: Send + 'static {
-    /// The driver took the device into service with these features.
-    fn activated(&mut self, features: u64);
-    /// Answers one request and returns how many bytes were written to its buffers.
-    fn handle(&mut self, memory: &Memory, chain: DescriptorChain<&Memory>) -> Result<u32, Broken>;
+    /// Answers one request from a queue and returns how many bytes were written to its buffers.
+    fn handle(
+        &mut self,
+        queue: usize,
+        memory: &Memory,
+        chain: DescriptorChain<&Memory>,
+    ) -> Result<u32, Broken>;
 }
 
-/// Runs a device of one queue until it is stopped.
-pub(crate) fn serve_queue<H: RequestHandler>(
+/// Runs a device that answers requests at once until it is stopped.
+pub(crate) fn serve_queues<H: RequestHandler>(
     device: &'static str,
     inbox: &Inbox<()>,
     mut handler: H,
@@ -142,10 +146,7 @@ pub(crate) fn serve_queue<H: RequestHandler>(
     loop {
         while let Some(command) = inbox.next() {
             match command {
-                Command::Activate(activation) => {
-                    handler.activated(activation.features);
-                    active = Some(activation);
-                }
+                Command::Activate(activation) => active = Some(activation),
                 Command::Reset(done) => {
                     active = None;
                     // The transport waits, unless its thread has ended.
@@ -162,43 +163,47 @@ pub(crate) fn serve_queue<H: RequestHandler>(
             activation.signals.broken();
             active = None;
         }
-        wait(inbox, active.as_ref());
+        let kicks = active.iter().flat_map(|activation| &activation.queues).map(|queue| &*queue.kick);
+        let events: Vec<_> = std::iter::once(inbox.wake()).chain(kicks).collect();
+        wait(&events, None);
     }
 }
 
 /// Answers everything that the driver has made available.
 fn drain<H: RequestHandler>(activation: &mut Activation, handler: &mut H) -> Result<(), Broken> {
-    let memory = &activation.memory;
-    let Some(active) = activation.queues.first_mut() else { return Err(Broken::Ring) };
-    loop {
-        active.queue.disable_notification(memory)?;
-        while let Some(chain) = active.queue.iter(memory)?.next() {
-            let head = chain.head_index();
-            let written = handler.handle(memory, chain)?;
-            active.queue.add_used(memory, head, written)?;
-            if active.queue.needs_notification(memory)? {
-                activation.signals.queue();
+    let Activation { memory, queues, signals, .. } = activation;
+    let mut interrupt = false;
+    for (index, ActiveQueue { queue, .. }) in queues.iter_mut().enumerate() {
+        let before = queue.next_used();
+        loop {
+            queue.disable_notification(memory)?;
+            while let Some(chain) = queue.iter(&*memory)?.next() {
+                let head = chain.head_index();
+                let written = handler.handle(index, memory, chain)?;
+                queue.add_used(memory, head, written)?;
+            }
+            if !queue.enable_notification(memory)? {
+                break;
             }
         }
-        if !active.queue.enable_notification(memory)? {
-            return Ok(());
-        }
+        interrupt |= queue.next_used() != before && queue.needs_notification(memory)?;
     }
+    if interrupt {
+        signals.queue();
+    }
+    Ok(())
 }
 
-/// Sleeps until there is a command or a kick, and takes the signal away.
-fn wait(inbox: &Inbox<()>, active: Option<&Activation>) {
-    let kick = active.and_then(|activation| activation.queues.first()).map(|queue| &queue.kick);
-    let events = [Some(&inbox.wake), kick];
-    // The events own their descriptors for as long as they are borrowed here.
+/// Sleeps until one of the events is signalled, and takes its signal away, or `other` is readable.
+pub(crate) fn wait(events: &[&EventFd], other: Option<BorrowedFd<'_>>) {
     let mut polled: Vec<_> = events
         .iter()
-        .flatten()
         .map(|event| PollFd::from_borrowed_fd(crate::sys::borrow_event(event), PollFlags::IN))
         .collect();
-    // Fails only by a signal; the loop then looks at everything and waits again.
+    polled.extend(other.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+    // Fails only by a signal; the caller then looks at everything and waits again.
     let _ = poll(&mut polled, None);
-    for event in events.into_iter().flatten() {
+    for (event, _) in events.iter().zip(&polled).filter(|(_, polled)| !polled.revents().is_empty()) {
         // Nothing to take is fine: the descriptors do not block.
         let _ = event.read();
     }

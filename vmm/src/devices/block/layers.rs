@@ -4,11 +4,12 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::super::buffers::Buffers;
 use super::DiskError;
+use super::job::Job;
 use super::request::Backend;
 
 const ALIGNMENT: u64 = 4096;
@@ -99,34 +100,34 @@ impl Backend for LayersDisk {
         true
     }
 
-    fn read(&self, mut position: u64, mut into: Buffers<'_>) -> io::Result<()> {
+    fn read<'m>(&self, mut position: u64, mut into: Buffers<'m>) -> io::Result<Vec<Job<'m>>> {
+        let mut jobs = Vec::new();
         while into.len() > 0 {
             let missing = || io::Error::new(io::ErrorKind::NotFound, "no segment is attached there");
             let (begin, segment) = self.segments.find(position).ok_or_else(missing)?;
             let inside = position - begin;
-            let part = take(&mut into, segment.len - inside);
+            let mut part = take(&mut into, segment.len - inside);
             position += part.len() as u64;
-            let mut rest = part;
-            let stored = take(&mut rest, segment.file_len.saturating_sub(inside));
-            stored.read_file(segment.file.as_fd(), inside)?;
-            rest.fill_zero();
+            let stored = take(&mut part, segment.file_len.saturating_sub(inside));
+            part.fill_zero();
+            jobs.push(Job::read(segment.file, inside, stored));
         }
-        Ok(())
+        Ok(jobs)
     }
 
-    fn write(&self, _: u64, _: Buffers<'_>) -> io::Result<()> {
+    fn write<'m>(&self, _: u64, _: Buffers<'m>) -> io::Result<Job<'m>> {
         Err(io::ErrorKind::PermissionDenied.into())
     }
 
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
+    fn flush<'m>(&self) -> Option<Job<'m>> {
+        None
     }
 
-    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+    fn discard<'m>(&self, _: u64, _: u64) -> io::Result<Job<'m>> {
         Err(io::ErrorKind::PermissionDenied.into())
     }
 
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+    fn write_zeroes<'m>(&self, _: u64, _: u64, _: bool) -> io::Result<Job<'m>> {
         Err(io::ErrorKind::PermissionDenied.into())
     }
 }

@@ -1,18 +1,23 @@
 //! virtio-blk (virtio 1.2, section 5.2): the writable data disk and the read-only layers disk, each with a thread of its
-//! own that does one request after the other.
+//! own. `request` takes requests apart into jobs, `job` is what a job does to a file, `ring` does several at a time where the
+//! host has io_uring, and `worker` is the thread.
 
 mod data;
+mod job;
 mod layers;
 mod request;
+mod ring;
+mod worker;
 
 use std::thread::JoinHandle;
 
-use super::worker::{self, Command, Commands, SpawnError};
+use super::worker::{Command, Commands, SpawnError, spawn};
 use super::{Activation, VirtioDevice};
 
 pub(crate) use data::DataDisk;
 pub(crate) use layers::{LayersDisk, Segments};
 use request::{Backend, Requests};
+use worker::Way;
 
 const DEVICE_TYPE: u32 = 2;
 /// What `Backend` positions and lengths are multiples of.
@@ -66,7 +71,7 @@ impl Block {
         };
         let config = config_space(backend.capacity() / SECTOR);
         let (commands, thread) =
-            worker::spawn(name, move |inbox| worker::serve_queue(name, &inbox, Requests::new(backend)))?;
+            spawn(name, move |inbox| worker::run(&inbox, Requests::new(backend), Way::SideBySide))?;
         Ok((Self { name, features, config, commands: commands.clone() }, commands, thread))
     }
 }

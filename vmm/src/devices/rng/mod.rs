@@ -21,7 +21,7 @@ pub(crate) struct Rng {
 
 impl Rng {
     pub(crate) fn new() -> Result<(Self, Commands<()>, JoinHandle<()>), SpawnError> {
-        let (commands, thread) = worker::spawn(NAME, |inbox| worker::serve_queue(NAME, &inbox, Entropy))?;
+        let (commands, thread) = worker::spawn(NAME, |inbox| worker::serve_queues(NAME, &inbox, Entropy))?;
         Ok((Self { commands: commands.clone() }, commands, thread))
     }
 }
@@ -59,9 +59,12 @@ impl VirtioDevice for Rng {
 struct Entropy;
 
 impl RequestHandler for Entropy {
-    fn activated(&mut self, _features: u64) {}
-
-    fn handle(&mut self, memory: &Memory, chain: DescriptorChain<&Memory>) -> Result<u32, Broken> {
+    fn handle(
+        &mut self,
+        _queue: usize,
+        memory: &Memory,
+        chain: DescriptorChain<&Memory>,
+    ) -> Result<u32, Broken> {
         let (_, writable) = buffers::collect(memory, chain)?;
         let mut bytes = [0; MAX_REQUEST];
         let wanted = writable.len().min(MAX_REQUEST);

@@ -45,7 +45,13 @@ fn request<B: Backend>(
     mock.build_desc_chain(&descriptors).unwrap();
     let mut queue: Queue = mock.create_queue().unwrap();
     let chain = queue.iter(memory).unwrap().next().unwrap();
-    let used = requests.handle(memory, chain)?;
+    let mut request = requests.begin(memory, chain)?;
+    while let Some(job) = request.jobs.pop_front() {
+        if let Err(error) = job.run() {
+            request.fail("test", &error);
+        }
+    }
+    let (_, used) = request.finish()?;
     Ok((memory.read_obj(GuestAddress(STATUS_AT)).unwrap(), used))
 }
 
@@ -131,12 +137,30 @@ fn layers_read_from_their_segments_only() {
 
 #[test]
 fn a_request_without_a_place_for_its_status_breaks_the_device() {
-    let (mut requests, _file) = data_disk();
+    let (requests, _file) = data_disk();
     let memory = memory();
     let mock = MockSplitQueue::new(&memory, 16);
     mock.build_desc_chain(&[RawDescriptor::from(Descriptor::new(HEADER_AT, 16, 0, 0))]).unwrap();
     let mut queue: Queue = mock.create_queue().unwrap();
     let chain = queue.iter(&memory).unwrap().next().unwrap();
-    assert_eq!(requests.handle(&memory, chain), Err(Broken::Chain));
+    assert_eq!(requests.begin(&memory, chain).unwrap_err(), Broken::Chain);
     assert_eq!(queue.next_avail(), 1);
+}
+
+/// How many flushes a write needs to be durable when it is answered.
+#[rstest::rstest]
+#[case::the_driver_flushes(FEATURE_FLUSH, 1)]
+#[case::the_driver_does_not_flush(0, 2)]
+fn without_flushes_of_the_driver_a_write_is_durable_when_it_is_done(
+    #[case] features: u64,
+    #[case] jobs: usize,
+) {
+    let (mut requests, _file) = data_disk();
+    requests.activated(features);
+    let memory = memory();
+    let data = Buffers::of(vm_memory::GuestMemory::get_slice(&memory, GuestAddress(DATA_AT), 512).unwrap());
+    let Plan::Jobs(found) = requests.plan(TYPE_OUT, 0, data, Buffers::default()).unwrap() else {
+        panic!("no jobs")
+    };
+    assert_eq!(found.len(), jobs);
 }

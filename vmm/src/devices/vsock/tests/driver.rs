@@ -2,17 +2,17 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering::SeqCst;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub(super) use super::super::super::tests::ring::Layout;
+use super::super::super::tests::ring::{BUFFERS, Ring, WRITABLE};
 use super::super::super::{ActiveQueue, COMMON_FEATURES, Signals};
 use super::super::packet::{HEADER_LEN, HOST_CID, Header, Operation, SHUTDOWN_SEND, TYPE_STREAM};
 use super::super::*;
@@ -21,117 +21,10 @@ use crate::sys::borrow_event;
 
 pub(super) const GUEST_BUFFER: u32 = 256 * 1024;
 const PATIENCE: Duration = Duration::from_secs(30);
-const QUEUE_SIZE: u16 = 256;
-/// Each buffer has this many descriptors to itself.
-const PARTS: u16 = 4;
-const BUFFERS: u16 = QUEUE_SIZE / PARTS;
 const RECEIVE_AT: u64 = 0x10_0000;
 const RECEIVE_SIZE: u32 = 4096;
 const SEND_AT: u64 = 0x20_0000;
 const SEND_SIZE: u32 = 70_000;
-const INDIRECT_AT: u64 = 0x80_0000;
-const NEXT: u16 = 1;
-const WRITABLE: u16 = 2;
-const INDIRECT: u16 = 4;
-
-/// How a buffer is cut into descriptors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Layout {
-    Whole,
-    HeaderApart,
-    HeaderCut,
-    Crumbs,
-    Indirect,
-}
-
-impl Layout {
-    fn cuts(self, len: u32) -> Vec<u32> {
-        let header = HEADER_LEN as u32;
-        let cuts = match self {
-            Self::Whole => vec![],
-            Self::HeaderApart => vec![header],
-            Self::HeaderCut => vec![10],
-            Self::Crumbs | Self::Indirect => vec![1, header + 1, header + 3],
-        };
-        cuts.into_iter().filter(|cut| *cut < len).collect()
-    }
-}
-
-#[derive(Default)]
-struct Ring {
-    base: u64,
-    available: u16,
-    used: u16,
-}
-
-impl Ring {
-    fn new(index: u64) -> Self {
-        Self { base: 0x1000 + 0x4000 * index, ..Self::default() }
-    }
-
-    fn device_side(&self) -> Queue {
-        let mut queue = Queue::new(QUEUE_SIZE).unwrap();
-        queue.set_desc_table_address(Some(self.base as u32), Some(0));
-        queue.set_avail_ring_address(Some(self.base as u32 + 0x1000), Some(0));
-        queue.set_used_ring_address(Some(self.base as u32 + 0x2000), Some(0));
-        queue.set_ready(true);
-        queue
-    }
-
-    fn clear(&mut self, memory: &Memory) {
-        memory.write_slice(&[0; 0x4000], GuestAddress(self.base)).unwrap();
-        (self.available, self.used) = (0, 0);
-    }
-
-    /// Makes a buffer available.
-    fn offer(&mut self, memory: &Memory, buffer: u16, at: u64, len: u32, layout: Layout, flags: u16) {
-        let mut ends = layout.cuts(len);
-        ends.push(len);
-        let (mut table, mut first) = (self.base, buffer * PARTS);
-        if layout == Layout::Indirect {
-            let indirect = INDIRECT_AT + self.base + u64::from(buffer) * 64;
-            let head = (indirect, ends.len() as u32 * 16, INDIRECT, 0);
-            write_descriptor(memory, table + 16 * u64::from(first), head);
-            (table, first) = (indirect, 0);
-        }
-        let mut begin = 0;
-        for (index, end) in (first..).zip(&ends) {
-            let more = if *end < len { NEXT } else { 0 };
-            let descriptor = (at + u64::from(begin), end - begin, flags | more, index + 1);
-            write_descriptor(memory, table + 16 * u64::from(index), descriptor);
-            begin = *end;
-        }
-        let slot = self.base + 0x1000 + 4 + 2 * u64::from(self.available % QUEUE_SIZE);
-        memory.write_obj(buffer * PARTS, GuestAddress(slot)).unwrap();
-        self.available = self.available.wrapping_add(1);
-        let index = GuestAddress(self.base + 0x1002);
-        memory.store(self.available, index, SeqCst).unwrap();
-    }
-
-    /// A buffer that the device has used, and how much it wrote.
-    fn take_used(&mut self, memory: &Memory) -> Option<(u16, u32)> {
-        let index = GuestAddress(self.base + 0x2002);
-        // Asks for an interrupt at the next one before it looks whether that is there already.
-        let event = GuestAddress(self.base + 0x1004 + 2 * u64::from(QUEUE_SIZE));
-        memory.store(self.used, event, SeqCst).unwrap();
-        std::sync::atomic::fence(SeqCst);
-        let used: u16 = memory.load(index, SeqCst).unwrap();
-        if used == self.used {
-            return None;
-        }
-        let at = self.base + 0x2004 + 8 * u64::from(self.used % QUEUE_SIZE);
-        self.used = self.used.wrapping_add(1);
-        let id: u32 = memory.read_obj(GuestAddress(at)).unwrap();
-        Some((id as u16 / PARTS, memory.read_obj(GuestAddress(at + 4)).unwrap()))
-    }
-}
-
-fn write_descriptor(memory: &Memory, at: u64, (address, len, flags, next): (u64, u32, u16, u16)) {
-    memory.write_obj(address, GuestAddress(at)).unwrap();
-    memory.write_obj(len, GuestAddress(at + 8)).unwrap();
-    memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
-    memory.write_obj(next, GuestAddress(at + 14)).unwrap();
-}
 
 /// One connection as the guest sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -198,11 +91,7 @@ impl Guest {
         let queues = [&self.receive, &self.send, &events]
             .into_iter()
             .zip(&self.kicks)
-            .map(|(ring, kick)| {
-                let mut queue = ring.device_side();
-                queue.set_event_idx(true);
-                ActiveQueue { queue, kick: Arc::clone(kick) }
-            })
+            .map(|(ring, kick)| ActiveQueue { queue: ring.device_side(true), kick: Arc::clone(kick) })
             .collect();
         self.device.activate(Activation {
             memory: self.memory.clone(),
