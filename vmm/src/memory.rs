@@ -6,7 +6,9 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileSlice,
+};
 
 /// The memory of one machine. Clones share it.
 pub(crate) type Memory = GuestMemoryMmap<()>;
@@ -102,6 +104,23 @@ pub(crate) fn load_file(
         done += part as u64;
     }
     Ok(())
+}
+
+/// Gives the whole pages within a part of guest memory back to the host; they read as zeroes until they are written again.
+pub(crate) fn release(part: &VolatileSlice<'_>) -> std::io::Result<()> {
+    let guard = part.ptr_guard_mut();
+    let begin = guard.as_ptr();
+    let before = begin.addr().next_multiple_of(PAGE as usize) - begin.addr();
+    let Some(len) = part.len().checked_sub(before).map(|len| len / PAGE as usize * PAGE as usize) else {
+        return Ok(());
+    };
+    if len == 0 {
+        return Ok(());
+    }
+    // SAFETY: the range lies within the part, which lies within a mapping of guest memory. That is only accessed as volatile memory,
+    // whose contents may change at any time.
+    let result = unsafe { libc::madvise(begin.wrapping_add(before).cast(), len, libc::MADV_DONTNEED) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 #[cfg(test)]

@@ -28,7 +28,9 @@ pub(crate) fn collect<'m>(
     chain: DescriptorChain<&Memory>,
 ) -> Result<(Buffers<'m>, Buffers<'m>), Broken> {
     let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
+    let mut goes_on = false;
     for descriptor in chain {
+        goes_on = descriptor.has_next();
         let slice =
             memory.get_slice(descriptor.addr(), descriptor.len() as usize).map_err(|_| Broken::Address)?;
         if descriptor.is_write_only() {
@@ -39,7 +41,8 @@ pub(crate) fn collect<'m>(
             return Err(Broken::Chain);
         }
     }
-    if readable.parts.is_empty() && writable.parts.is_empty() {
+    // A chain that ends although it goes on is a loop, or leads out of the table.
+    if goes_on || readable.parts.is_empty() && writable.parts.is_empty() {
         return Err(Broken::Chain);
     }
     Ok((readable, writable))
@@ -59,6 +62,11 @@ impl<'m> Buffers<'m> {
         self.len = self.len.checked_add(slice.len()).ok_or(Broken::Chain)?;
         self.parts.push(slice);
         Ok(())
+    }
+
+    /// The parts themselves, in order.
+    pub(crate) fn parts(&self) -> &[VolatileSlice<'m>] {
+        &self.parts
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -2,6 +2,7 @@
 //! and where there is one, its backend. A device never trusts what it reads from guest memory: a driver that breaks the
 //! rules is told so by NEEDS_RESET, and nothing else in the machine notices.
 
+pub(crate) mod balloon;
 pub(crate) mod block;
 pub(crate) mod buffers;
 pub(crate) mod nowait;

@@ -6,18 +6,20 @@ pub(crate) mod ring;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::balloon::Balloon;
 use super::block::{Block, DataDisk, LayersDisk, Segments};
 use super::rng::Rng;
 use super::vsock::{Vsock, VsockHandle};
 use super::*;
 use crate::memory::{self, Memory};
+use crate::sys::borrow_event;
 
 const SIZE: u16 = 16;
 const MEMORY: usize = 0x10000;
@@ -133,6 +135,7 @@ proptest! {
     fn garbage_in_the_rings_harms_no_device(lives in prop::collection::vec(garbage(), 1..8)) {
         let (mut vsock, handle, vsock_thread) = vsock();
         let (mut rng, _, rng_thread) = Rng::new().unwrap();
+        let (mut balloon, _, balloon_thread) = Balloon::new().unwrap();
         let (mut data, _, data_thread) = Block::new(DataDisk::new(data_file(), 1 << 20).unwrap()).unwrap();
         let segments = Segments::new(1 << 20).unwrap();
         segments.attach(0, 1 << 16, data_file()).unwrap();
@@ -140,33 +143,109 @@ proptest! {
         for garbage in &lives {
             let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
             handle.connect(5, ours.as_fd().try_clone_to_owned().unwrap());
-            let devices: [&mut dyn VirtioDevice; 4] = [&mut vsock, &mut rng, &mut data, &mut layers];
+            let devices: [&mut dyn VirtioDevice; 5] =
+                [&mut vsock, &mut rng, &mut data, &mut layers, &mut balloon];
             for device in devices {
                 live(device, garbage);
             }
         }
-        for thread in [&vsock_thread, &rng_thread, &data_thread, &layers_thread] {
+        for thread in [&vsock_thread, &rng_thread, &data_thread, &layers_thread, &balloon_thread] {
             prop_assert!(!thread.is_finished());
         }
     }
 }
 
-#[test]
-fn a_ring_that_runs_ahead_makes_the_device_need_a_reset() {
-    let (mut device, _, _thread) = Rng::new().unwrap();
-    let memory = memory::allocate(&[(GuestAddress(0), MEMORY)]).unwrap();
-    memory.write_obj(SIZE + 1, GuestAddress(rings(0)[1] + 2)).unwrap();
-    let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
-    let signals = Arc::new(Signals::new(EventFd::new(EFD_NONBLOCK).unwrap()));
-    let queues = vec![ActiveQueue { queue: queue(0), kick: Arc::clone(&kick) }];
-    let activation = Activation { memory, queues, features: COMMON_FEATURES, signals: Arc::clone(&signals) };
-    device.activate(activation);
-    kick.write(1).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while signals.status.load(Ordering::SeqCst) & STATUS_NEEDS_RESET == 0 {
-        assert!(Instant::now() < deadline, "the device does not say that it is broken");
-        std::thread::yield_now();
+/// Every device, by its name.
+fn device(name: &str) -> Box<dyn VirtioDevice> {
+    match name {
+        "vsock" => Box::new(Vsock::new(drop).unwrap().0),
+        "rng" => Box::new(Rng::new().unwrap().0),
+        "data-disk" => Box::new(Block::new(DataDisk::new(data_file(), 1 << 20).unwrap()).unwrap().0),
+        "layers-disk" => Box::new(Block::new(LayersDisk::new(Segments::new(1 << 20).unwrap())).unwrap().0),
+        "balloon" => Box::new(Balloon::new().unwrap().0),
+        other => panic!("there is no device {other}"),
     }
-    assert_eq!(signals.pending(), INTERRUPT_CONFIG);
-    device.reset();
+}
+
+/// What a driver may do to the rings of its queues, all of them invalid.
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    RunsAhead,
+    HeadOutside,
+    BufferOutside,
+    Loop,
+    IndirectInIndirect,
+    Empty,
+}
+
+fn commit(fault: Fault, memory: &Memory, [table, available, _]: [u64; 3]) {
+    let put = |at: u64, (address, len, flags, next): (u64, u32, u16, u16)| {
+        memory.write_obj(address, GuestAddress(at)).unwrap();
+        memory.write_obj(len, GuestAddress(at + 8)).unwrap();
+        memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+        memory.write_obj(next, GuestAddress(at + 14)).unwrap();
+    };
+    let (mut index, mut head) = (1, 0);
+    match fault {
+        Fault::RunsAhead => index = SIZE + 1,
+        Fault::HeadOutside => head = SIZE,
+        Fault::BufferOutside => put(table, (u64::MAX - 10, 100, 2, 0)),
+        Fault::Loop => {
+            put(table, (0x8000, 16, 1, 1));
+            put(table + 16, (0x8000, 16, 1, 0));
+        }
+        Fault::IndirectInIndirect => {
+            put(table, (0x9000, 16, 4, 0));
+            put(0x9000, (0x9000, 16, 4, 0));
+        }
+        // A chain of nothing at all.
+        Fault::Empty => put(table, (0x9000, 0, 4, 0)),
+    }
+    memory.write_obj(head, GuestAddress(available + 4)).unwrap();
+    memory.write_obj(index, GuestAddress(available + 2)).unwrap();
+}
+
+#[rstest::rstest]
+fn a_driver_that_breaks_its_rings_must_reset_the_device_and_then_it_works(
+    #[values("vsock", "rng", "data-disk", "layers-disk", "balloon")] name: &str,
+    #[values(
+        Fault::RunsAhead,
+        Fault::HeadOutside,
+        Fault::BufferOutside,
+        Fault::Loop,
+        Fault::IndirectInIndirect,
+        Fault::Empty
+    )]
+    fault: Fault,
+) {
+    let mut device = device(name);
+    // Of vsock's queues the second is the one that is read unasked.
+    let broken = if name == "vsock" { 1 } else { 0 };
+    for round in 0..2 {
+        let memory = memory::allocate(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let queues: Vec<_> = (0..device.queue_sizes().len())
+            .map(|index| ActiveQueue {
+                queue: queue(index),
+                kick: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+            })
+            .collect();
+        let kick = Arc::clone(&queues[broken].kick);
+        commit(fault, &memory, rings(broken));
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let signals = Arc::new(Signals::new(line.try_clone().unwrap()));
+        let for_device = Arc::clone(&signals);
+        device.activate(Activation { memory, queues, features: COMMON_FEATURES, signals: for_device });
+        kick.write(1).unwrap();
+        while signals.status.load(Ordering::SeqCst) & STATUS_NEEDS_RESET == 0 {
+            let mut polled = [PollFd::from_borrowed_fd(borrow_event(&line), PollFlags::IN)];
+            let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
+            assert!(
+                poll(&mut polled, Some(&patience)).unwrap() > 0,
+                "round {round}: it does not say that it is broken"
+            );
+            let _ = line.read();
+        }
+        assert_ne!(signals.pending() & INTERRUPT_CONFIG, 0);
+        device.reset();
+    }
 }

@@ -17,6 +17,7 @@ use crate::arch::x86_64::{self as arch, ArchError, boot, layout};
 use crate::clock;
 use crate::control::{Boot, ExitCounts, ExitReason};
 use crate::devices::VirtioDevice;
+use crate::devices::balloon::Balloon;
 use crate::devices::block::{Block, DataDisk, DiskError, LayersDisk, Segments};
 use crate::devices::rng::Rng;
 use crate::devices::serial::SerialPort;
@@ -175,7 +176,7 @@ impl Machine {
 }
 
 /// Number of virtio devices, for the command line.
-const DEVICES: u32 = 4;
+const DEVICES: u32 = 5;
 
 /// The devices of a machine under construction; what was started is stopped again if the construction fails.
 struct Devices {
@@ -184,7 +185,7 @@ struct Devices {
 }
 
 impl Devices {
-    /// In the order that the guest relies on: vsock, rng, data disk, layers disk.
+    /// In the order that the guest relies on: vsock, rng, data disk, layers disk, balloon.
     fn add_all(
         &mut self,
         data_disk: DataDisk,
@@ -202,6 +203,8 @@ impl Devices {
         self.add(Box::new(block), commands, thread);
         let (block, commands, thread) = Block::new(LayersDisk::new(segments.clone()))?;
         self.add(Box::new(block), commands, thread);
+        let (balloon, commands, thread) = Balloon::new()?;
+        self.add(Box::new(balloon), commands, thread);
         Ok(handle)
     }
 
