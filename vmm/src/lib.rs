@@ -5,13 +5,13 @@
 //! thread serves the socket; each processor, the vsock device and each disk have a thread of their own.
 
 pub mod control;
+pub mod jail;
 pub mod probe;
 
 mod arch;
 mod clock;
 mod devices;
 mod hypervisor;
-mod jail;
 mod limit;
 mod machine;
 mod memory;

@@ -20,6 +20,7 @@ use crate::control::{
 };
 use crate::devices::vsock::Accepted;
 use crate::hypervisor::{Hypervisor, HypervisorError};
+use crate::jail::{Role, narrow};
 use crate::machine::{Machine, Report, Reports};
 use crate::sys::borrow_event;
 use outbox::Outbox;
@@ -256,6 +257,11 @@ impl Server {
         self.times.boot_request = Some(clock::now());
         let hypervisor = self.hypervisor.as_deref().map_err(|error| chain(error))?;
         let machine = Machine::boot(hypervisor, boot, fds, &self.reports).map_err(|error| chain(&error))?;
+        // Nothing will be built any more.
+        if let Err(error) = narrow(Role::Server) {
+            machine.stop();
+            return Err(format!("the VMM cannot be confined: {error}"));
+        }
         for port in self.listening.keys() {
             machine.vsock.listen(*port);
         }

@@ -13,6 +13,7 @@ use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{Activation, ActiveQueue, Broken, Signals};
+use crate::jail::{Role, narrow};
 use crate::limit::warn_limited;
 use crate::memory::Memory;
 
@@ -99,9 +100,10 @@ impl<T> Inbox<T> {
     }
 }
 
-/// Starts a device's thread.
+/// Starts a device's thread, which may make the system calls of its role only.
 pub(crate) fn spawn<T: Send + 'static>(
     device: &'static str,
+    role: Role,
     run: impl FnOnce(Inbox<T>) -> io::Result<()> + Send + 'static,
 ) -> Result<(Commands<T>, JoinHandle<()>), SpawnError> {
     let failed = |source| SpawnError { device, source };
@@ -112,7 +114,7 @@ pub(crate) fn spawn<T: Send + 'static>(
     let thread = std::thread::Builder::new()
         .name(device.into())
         .spawn(move || {
-            match catch_unwind(AssertUnwindSafe(|| run(inbox))) {
+            match catch_unwind(AssertUnwindSafe(|| narrow(role).and_then(|()| run(inbox)))) {
                 Ok(Ok(())) => return,
                 Ok(Err(error)) => tracing::error!(device, %error, "a device's thread failed"),
                 Err(_) => tracing::error!(device, "a device's thread panicked"),
@@ -220,7 +222,7 @@ mod tests {
     #[case::it_panics(true)]
     #[case::it_fails(false)]
     fn a_thread_that_fails_makes_its_device_need_a_reset(#[case] panics: bool) {
-        let (commands, thread) = spawn::<()>("trial", move |inbox| {
+        let (commands, thread) = spawn::<()>("trial", Role::Simple, move |inbox| {
             while inbox.next().is_none() {
                 std::thread::yield_now();
             }

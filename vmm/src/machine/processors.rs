@@ -9,6 +9,7 @@ use super::bus::MachineBus;
 use super::{Report, Reports};
 use crate::control::{ExitCounts, ExitReason};
 use crate::hypervisor::{Exit, Processor, kick};
+use crate::jail::{Role, narrow};
 
 /// All processors of a machine.
 pub(super) struct Processors {
@@ -165,7 +166,11 @@ fn run(
     reports: &Reports,
 ) {
     processor.prepare_thread();
+    let narrowed = narrow(Role::Processor);
     let reason = loop {
+        if let Err(error) = &narrowed {
+            break Some(ExitReason::Failed { message: format!("its thread cannot be confined: {error}") });
+        }
         match gate.pass() {
             Some(false) => {}
             Some(true) => processor.resumed(),

@@ -9,6 +9,7 @@ use vm_memory::{GuestAddress, GuestMemory};
 
 use super::worker::{self, Command, Commands, RequestHandler, SpawnError};
 use super::{Activation, Broken, VirtioDevice, buffers};
+use crate::jail::Role;
 use crate::limit::warn_limited;
 use crate::memory::{self, Memory, PAGE};
 
@@ -32,7 +33,8 @@ pub(crate) struct Balloon {
 
 impl Balloon {
     pub(crate) fn new() -> Result<(Self, Commands<()>, JoinHandle<()>), SpawnError> {
-        let (commands, thread) = worker::spawn(NAME, |inbox| worker::serve_queues(NAME, &inbox, Returns))?;
+        let (commands, thread) =
+            worker::spawn(NAME, Role::Simple, |inbox| worker::serve_queues(NAME, &inbox, Returns))?;
         Ok((Self { commands: commands.clone() }, commands, thread))
     }
 }

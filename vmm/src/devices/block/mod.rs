@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 
 use super::worker::{Command, Commands, SpawnError, spawn};
 use super::{Activation, VirtioDevice};
+use crate::jail::Role;
 
 pub(crate) use data::DataDisk;
 pub(crate) use layers::{LayersDisk, Segments};
@@ -70,8 +71,9 @@ impl Block {
             false => FEATURE_DISCARD | FEATURE_WRITE_ZEROES,
         };
         let config = config_space(backend.capacity() / SECTOR);
-        let (commands, thread) =
-            spawn(name, move |inbox| worker::run(&inbox, Requests::new(backend), Way::SideBySide))?;
+        let (commands, thread) = spawn(name, Role::Disk, move |inbox| {
+            worker::run(&inbox, Requests::new(backend), Way::SideBySide)
+        })?;
         Ok((Self { name, features, config, commands: commands.clone() }, commands, thread))
     }
 }

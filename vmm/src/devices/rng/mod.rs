@@ -7,6 +7,7 @@ use virtio_queue::DescriptorChain;
 
 use super::worker::{self, Command, Commands, RequestHandler, SpawnError};
 use super::{Activation, Broken, VirtioDevice, buffers};
+use crate::jail::Role;
 use crate::memory::Memory;
 
 const DEVICE_TYPE: u32 = 4;
@@ -21,7 +22,8 @@ pub(crate) struct Rng {
 
 impl Rng {
     pub(crate) fn new() -> Result<(Self, Commands<()>, JoinHandle<()>), SpawnError> {
-        let (commands, thread) = worker::spawn(NAME, |inbox| worker::serve_queues(NAME, &inbox, Entropy))?;
+        let (commands, thread) =
+            worker::spawn(NAME, Role::Simple, |inbox| worker::serve_queues(NAME, &inbox, Entropy))?;
         Ok((Self { commands: commands.clone() }, commands, thread))
     }
 }

@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 use super::worker::{Command, Commands, SpawnError};
 use super::{Activation, VirtioDevice};
 use crate::control::VsockCounts;
+use crate::jail::Role;
 
 const DEVICE_TYPE: u32 = 19;
 const NAME: &str = "vsock";
@@ -74,8 +75,9 @@ impl Vsock {
     ) -> Result<(Self, VsockHandle, JoinHandle<()>), SpawnError> {
         let shown = Arc::new(Shown::default());
         let for_thread = Arc::clone(&shown);
-        let (commands, thread) =
-            super::worker::spawn(NAME, move |inbox| worker::run(&inbox, on_accept, &for_thread))?;
+        let (commands, thread) = super::worker::spawn(NAME, Role::Streams, move |inbox| {
+            worker::run(&inbox, on_accept, &for_thread)
+        })?;
         let device = Self { commands: commands.clone(), config: GUEST_CID.to_le_bytes() };
         Ok((device, VsockHandle { commands, shown }, thread))
     }

@@ -16,6 +16,7 @@ use super::super::super::worker::{Commands, spawn};
 use super::super::super::{COMMON_FEATURES, STATUS_NEEDS_RESET, Signals};
 use super::super::{DataDisk, FEATURE_FLUSH};
 use super::*;
+use crate::jail::Role;
 use crate::memory;
 use crate::sys::borrow_event;
 
@@ -42,7 +43,7 @@ struct Driver {
 impl Driver {
     fn new(file: OwnedFd, way: Way) -> Self {
         let requests = Requests::new(DataDisk::new(file, CAPACITY).unwrap());
-        let (commands, thread) = spawn("disk", move |inbox| run(&inbox, requests, way)).unwrap();
+        let (commands, thread) = spawn("disk", Role::Disk, move |inbox| run(&inbox, requests, way)).unwrap();
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         let driver = Self {
             memory: memory::allocate(&[(GuestAddress(0), 16 << 20)]).unwrap(),
