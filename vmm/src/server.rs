@@ -109,9 +109,22 @@ impl Server {
         match report {
             Report::Accepted(accepted) => self.on_accepted(accepted),
             Report::Ended(reason) => {
+                let reason = self.explain(reason);
                 tracing::info!(%reason, "the machine has ended");
                 self.end(reason);
             }
+        }
+    }
+
+    /// A guest that died of a panic said so on its console.
+    fn explain(&self, reason: ExitReason) -> ExitReason {
+        let Some(tail) = self.machine.as_ref().map(Machine::tail) else { return reason };
+        match (reason, tail.panic()) {
+            (ExitReason::GuestReset | ExitReason::TripleFault, Some(message)) => {
+                tracing::error!("the guest's kernel panicked; its last words:\n{}", tail.text().trim_end());
+                ExitReason::GuestPanic { message }
+            }
+            (reason, _) => reason,
         }
     }
 

@@ -192,8 +192,13 @@ pub enum Event {
 pub enum ExitReason {
     /// A client asked for it.
     Stopped,
-    /// The guest reset itself: its way of powering off, and what it does after a panic.
+    /// The guest reset itself, which is its way of powering off.
     GuestReset,
+    /// The guest's kernel panicked.
+    GuestPanic {
+        /// What it said of the cause, as far as it can be printed. The guest chooses the words.
+        message: String,
+    },
     /// The guest ran into a triple fault or shut its processor down.
     TripleFault,
     /// A processor could not go on.
@@ -208,6 +213,7 @@ impl std::fmt::Display for ExitReason {
         match self {
             Self::Stopped => write!(f, "stopped by request"),
             Self::GuestReset => write!(f, "the guest powered off or reset itself"),
+            Self::GuestPanic { message } => write!(f, "the guest's kernel panicked: {message}"),
             Self::TripleFault => write!(f, "the guest crashed with a triple fault"),
             Self::Failed { message } => write!(f, "a virtual processor failed: {message}"),
         }

@@ -36,7 +36,7 @@ fn empty_root() -> io::Result<()> {
     let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let place = PLACES
         .into_iter()
-        .find(|place| mount("coracle-vmm", *place, "tmpfs", flags, Some(c"size=4k,mode=0")).is_ok())
+        .find(|place| mount("coracle-vmm", *place, "tmpfs", flags, Some(c"size=4k,mode=111")).is_ok())
         .ok_or(io::ErrorKind::NotFound)?;
     chdir(place)?;
     // The old root comes to lie over the new one, and is then taken away.

@@ -10,12 +10,12 @@ use crate::hypervisor::{Bus, Flow};
 
 pub(super) struct MachineBus {
     transports: Vec<Mutex<Transport>>,
-    serial: Option<Mutex<SerialPort>>,
+    serial: Mutex<SerialPort>,
 }
 
 impl MachineBus {
-    pub(super) fn new(transports: Vec<Transport>, serial: Option<SerialPort>) -> Self {
-        Self { transports: transports.into_iter().map(Mutex::new).collect(), serial: serial.map(Mutex::new) }
+    pub(super) fn new(transports: Vec<Transport>, serial: SerialPort) -> Self {
+        Self { transports: transports.into_iter().map(Mutex::new).collect(), serial: Mutex::new(serial) }
     }
 
     /// The device at an address and the offset in its window.
@@ -28,7 +28,7 @@ impl MachineBus {
     /// The serial port and its register.
     fn serial(&self, port: u16) -> Option<(&Mutex<SerialPort>, u8)> {
         let register = port.checked_sub(layout::SERIAL_PORT).filter(|register| *register < 8)?;
-        Some((self.serial.as_ref()?, register as u8))
+        Some((&self.serial, register as u8))
     }
 }
 

@@ -20,7 +20,7 @@ use crate::devices::VirtioDevice;
 use crate::devices::balloon::Balloon;
 use crate::devices::block::{Block, DataDisk, DiskError, LayersDisk, Segments};
 use crate::devices::rng::Rng;
-use crate::devices::serial::SerialPort;
+use crate::devices::serial::{SerialPort, Tail};
 use crate::devices::transport::{EventError, QUEUE_NOTIFY, Transport};
 use crate::devices::vsock::{Accepted, Vsock, VsockHandle};
 use crate::devices::worker::{Command, Commands, SpawnError};
@@ -96,6 +96,7 @@ pub(crate) struct Machine {
     pub(crate) segments: Segments,
     pub(crate) kernel_mapped: u64,
     pub(crate) vcpus_started: u64,
+    tail: Tail,
     processors: Processors,
     threads: Vec<DeviceThread>,
     _hypervisor_machine: Box<dyn hypervisor::Machine>,
@@ -133,9 +134,11 @@ impl Machine {
         let kernel_mapped = clock::now();
 
         let machine = hypervisor.create_machine(&memory)?;
+        let tail = Tail::default();
         let mut devices = Devices { threads: Vec::new(), list: Vec::new() };
         let vsock = devices.add_all(data_disk, &segments, reports)?;
-        let bus = connect(machine.as_ref(), &memory, std::mem::take(&mut devices.list), serial)?;
+        let bus =
+            connect(machine.as_ref(), &memory, std::mem::take(&mut devices.list), serial, tail.clone())?;
         let processors = machine.create_processors(Start { vcpus: request.vcpus, entry })?;
         let processors = Processors::start(processors, &Arc::new(bus), reports)
             .map_err(|source| MachineError::System { action: "start a processor's thread", source })?;
@@ -146,6 +149,7 @@ impl Machine {
             segments,
             kernel_mapped,
             vcpus_started: clock::now(),
+            tail,
             processors,
             threads: std::mem::take(&mut devices.threads),
             _hypervisor_machine: machine,
@@ -166,6 +170,11 @@ impl Machine {
 
     pub(crate) fn exits(&self) -> ExitCounts {
         self.processors.exits()
+    }
+
+    /// What the guest printed last.
+    pub(crate) fn tail(&self) -> &Tail {
+        &self.tail
     }
 
     /// Ends the processors, then the devices.
@@ -236,6 +245,7 @@ fn connect(
     memory: &Memory,
     devices: Vec<Box<dyn VirtioDevice>>,
     serial: Option<OwnedFd>,
+    tail: Tail,
 ) -> Result<MachineBus, MachineError> {
     let mut transports = Vec::new();
     for (index, device) in (0u32..).zip(devices) {
@@ -247,14 +257,9 @@ fn connect(
         }
         transports.push(transport);
     }
-    let serial = match serial {
-        Some(sink) => {
-            let line = new_line(machine, layout::SERIAL_LINE)?;
-            let port = SerialPort::new(sink, line);
-            Some(port.map_err(|source| MachineError::System { action: "use the serial log", source })?)
-        }
-        None => None,
-    };
+    let line = new_line(machine, layout::SERIAL_LINE)?;
+    let serial = SerialPort::new(serial, tail, line)
+        .map_err(|source| MachineError::System { action: "use the serial log", source })?;
     Ok(MachineBus::new(transports, serial))
 }
 

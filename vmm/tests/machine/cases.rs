@@ -26,6 +26,7 @@ const CASES: &[Case] = &[
     ("the_data_disk_keeps_what_is_written", data_disk),
     ("segments_come_and_go", segments),
     ("random_numbers_come_from_the_host", random),
+    ("memory_that_the_guest_frees_goes_back_to_the_host", balloon),
     ("a_paused_machine_stands_still", pause),
     ("a_new_client_takes_over", takeover),
     ("the_guest_can_end_itself", guest_ends),
@@ -71,7 +72,7 @@ fn boots(kernel: &Path) {
 }
 
 fn sizes(kernel: &Path) {
-    for (vcpus, memory_mib) in [(2, 2048), (4, 5120)] {
+    for (vcpus, memory_mib) in [(1, 128), (2, 2048), (4, 5120), (8, 256)] {
         let vm = Vm::boot(kernel, &Options { vcpus, memory_mib, ..Options::default() });
         assert_eq!(vm.ask("cpus"), vcpus.to_string());
         let total: u64 = vm.ask("memory").parse().unwrap();
@@ -204,6 +205,26 @@ fn random(kernel: &Path) {
     assert!(one.len() == 32 && one != two, "{one:?} {two:?}");
 }
 
+fn balloon(kernel: &Path) {
+    const MIB: u64 = 512;
+    let vm = Vm::boot(kernel, &Options { memory_mib: MIB, ..Options::default() });
+    let before = vm.resident();
+    // Three quarters of its memory, written and freed again.
+    assert_eq!(vm.ask(&format!("touch {}", MIB * 3 / 4)), "touched");
+    let most = vm.resident();
+    assert!(most >= before + (MIB << 20) / 2, "{before} {most}");
+    let begin = Instant::now();
+    let mut left = most;
+    while left > before + (MIB << 20) / 10 {
+        assert!(begin.elapsed() < PATIENCE, "of {most} bytes {left} are still there; before it was {before}");
+        // The guest's clock decides when it reports: this waits for it by asking it.
+        vm.ask("nap");
+        left = vm.resident();
+    }
+    let mib = [before, most, left].map(|bytes| bytes >> 20);
+    println!("     MiB before, full, returned: {mib:?}, after {:.1} s", begin.elapsed().as_secs_f64());
+}
+
 fn pause(kernel: &Path) {
     let vm = Vm::boot(kernel, &Options { vcpus: 2, ..Options::default() });
     let _busy = vm.command("spin");
@@ -242,12 +263,26 @@ fn takeover(kernel: &Path) {
 }
 
 fn guest_ends(kernel: &Path) {
-    for command in ["reboot", "panic"] {
-        let mut vm = Vm::boot(kernel, &Options { vcpus: 2, ..Options::default() });
-        vm.command(command);
+    for serial in [true, false] {
+        let mut vm = Vm::boot(kernel, &Options { vcpus: 2, serial, ..Options::default() });
+        vm.command("reboot");
         assert_eq!(vm.end(), (ExitReason::GuestReset, true));
-        assert_eq!(vm.serial().contains("Kernel panic"), command == "panic", "{}", vm.serial());
+        let mut vm = Vm::boot(kernel, &Options { vcpus: 2, serial, ..Options::default() });
+        vm.command("panic");
+        let (reason, success) = vm.end();
+        let ExitReason::GuestPanic { message } = reason else { panic!("{reason:?}") };
+        assert!(message.starts_with("Attempted to kill init!"), "{message}");
+        assert!(!success);
+        assert_eq!(vm.serial().contains("Kernel panic"), serial, "{}", vm.serial());
     }
+    // The kernel's own fault, before its first program runs.
+    let mut vm = Vm::start();
+    let mut request = Vm::request(kernel, &Options { serial: false, ..Options::default() });
+    request.cmdline_extra = "rdinit=/nothing root=/dev/nothing".into();
+    vm.boot_with(request, kernel).unwrap();
+    let (reason, _) = vm.end();
+    let ExitReason::GuestPanic { message } = reason else { panic!("{reason:?}") };
+    assert!(message.contains("Unable to mount root fs"), "{message}");
 }
 
 fn bad_requests(kernel: &Path) {

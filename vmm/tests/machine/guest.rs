@@ -110,6 +110,17 @@ fn serve(stream: File) -> std::io::Result<()> {
             File::open("/dev/hwrng")?.read_exact(&mut data)?;
             out.write_all(&data)?;
         }
+        // Writes to so many MiB of memory, and frees them.
+        "touch" => {
+            let mut memory = vec![0u8; (number(1) as usize) << 20];
+            memory.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+            drop(std::hint::black_box(memory));
+            writeln!(out, "touched")?;
+        }
+        "nap" => {
+            thread::sleep(std::time::Duration::from_millis(200));
+            writeln!(out, "awake")?;
+        }
         "spin" => loop {
             std::hint::spin_loop();
         },

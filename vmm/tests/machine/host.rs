@@ -177,6 +177,12 @@ impl Vm {
         answer
     }
 
+    /// How much memory the VMM has, in bytes, the guest's included.
+    pub(crate) fn resident(&self) -> u64 {
+        let statm = std::fs::read_to_string(format!("/proc/{}/statm", self.child.id())).unwrap();
+        statm.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
+    }
+
     /// Waits for the end of the machine and of the VMM.
     pub(crate) fn end(&mut self) -> (ExitReason, bool) {
         let reason = loop {
