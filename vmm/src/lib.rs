@@ -11,6 +11,8 @@ pub mod probe;
 mod arch;
 mod clock;
 mod devices;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod hypervisor;
 mod limit;
 mod machine;

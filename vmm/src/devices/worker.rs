@@ -100,6 +100,14 @@ impl<T> Inbox<T> {
     }
 }
 
+/// Both ends of a thread's commands.
+pub(crate) fn commands<T>() -> io::Result<(Commands<T>, Inbox<T>)> {
+    let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+    let (sender, receiver) = channel();
+    let inbox = Inbox { receiver, wake: Arc::clone(&wake), signals: Arc::default() };
+    Ok((Commands { sender, wake }, inbox))
+}
+
 /// Starts a device's thread, which may make the system calls of its role only.
 pub(crate) fn spawn<T: Send + 'static>(
     device: &'static str,
@@ -107,10 +115,8 @@ pub(crate) fn spawn<T: Send + 'static>(
     run: impl FnOnce(Inbox<T>) -> io::Result<()> + Send + 'static,
 ) -> Result<(Commands<T>, JoinHandle<()>), SpawnError> {
     let failed = |source| SpawnError { device, source };
-    let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?);
-    let (sender, receiver) = channel();
-    let signals = Arc::default();
-    let inbox = Inbox { receiver, wake: Arc::clone(&wake), signals: Arc::clone(&signals) };
+    let (commands, inbox) = commands().map_err(failed)?;
+    let signals = Arc::clone(&inbox.signals);
     let thread = std::thread::Builder::new()
         .name(device.into())
         .spawn(move || {
@@ -124,7 +130,7 @@ pub(crate) fn spawn<T: Send + 'static>(
             }
         })
         .map_err(failed)?;
-    Ok((Commands { sender, wake }, thread))
+    Ok((commands, thread))
 }
 
 /// A device that answers requests at once.
@@ -172,7 +178,7 @@ pub(crate) fn serve_queues<H: RequestHandler>(
 }
 
 /// Answers everything that the driver has made available.
-fn drain<H: RequestHandler>(activation: &mut Activation, handler: &mut H) -> Result<(), Broken> {
+pub(crate) fn drain<H: RequestHandler>(activation: &mut Activation, handler: &mut H) -> Result<(), Broken> {
     let Activation { memory, queues, signals, .. } = activation;
     let mut interrupt = false;
     for (index, ActiveQueue { queue, .. }) in queues.iter_mut().enumerate() {

@@ -69,6 +69,12 @@ impl VirtioDevice for Balloon {
     }
 }
 
+/// Serves what is in the rings, without a thread; true if that broke the device.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn serve_once(mut activation: Activation) -> bool {
+    worker::drain(&mut activation, &mut Returns).is_err()
+}
+
 /// Returns memory to the host.
 struct Returns;
 

@@ -98,6 +98,22 @@ fn config_space(sectors: u64) -> Vec<u8> {
     config
 }
 
+/// Serves what is in the rings, without a thread; true if that broke the device.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn serve_data_once(activation: Activation, file: std::os::fd::OwnedFd, capacity: u64) -> bool {
+    DataDisk::new(file, capacity).is_ok_and(|disk| worker::serve_once(activation, &Requests::new(disk)))
+}
+
+/// The same for a layers disk with one segment.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn serve_layers_once(activation: Activation, file: std::os::fd::OwnedFd, len: u64) -> bool {
+    let segments = Segments::new(1 << 40);
+    segments.is_ok_and(|segments| {
+        segments.attach(4096, len, file).is_ok()
+            && worker::serve_once(activation, &Requests::new(LayersDisk::new(segments)))
+    })
+}
+
 impl VirtioDevice for Block {
     fn device_type(&self) -> u32 {
         DEVICE_TYPE

@@ -101,6 +101,16 @@ fn serve<B: Backend>(
     Ok(ended)
 }
 
+/// Serves what is in the queue, one request after the other and without a thread; true if that broke the device.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn serve_once<B: Backend>(activation: Activation, requests: &Requests<B>) -> bool {
+    let Activation { memory, mut queues, .. } = activation;
+    queues.pop().is_none_or(|ActiveQueue { queue, .. }| {
+        let mut disk = Disk { memory: &memory, queue, requests, ring: None, flights: Flights::new() };
+        disk.work().is_err()
+    })
+}
+
 #[derive(Debug)]
 enum Failure {
     Guest(Broken),

@@ -142,5 +142,14 @@ impl VirtioDevice for Vsock {
     }
 }
 
+/// Serves what is in the rings, without a thread; true if that broke the device.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn serve_once(activation: Activation) -> bool {
+    worker::serve_once(activation)
+}
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use core::story::fuzz as fuzz_core;
+
 #[cfg(test)]
 mod tests;

@@ -65,6 +65,28 @@ pub(super) fn run(
     }
 }
 
+/// Serves what is in the rings, without a thread; true if that broke the device. The host listens, connects and has something to say.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn serve_once(activation: Activation) -> bool {
+    let (_commands, inbox) = super::super::worker::commands().expect("an event");
+    let shown = Shown::default();
+    let streams = Streams::new().expect("an epoll");
+    let on_accept = drop::<Accepted>;
+    let mut worker =
+        Worker { inbox: &inbox, on_accept, shown: &shown, streams, core: Core::new(GUEST_CID), active: None };
+    (0..4).for_each(|port| worker.core.listen(port));
+    let (kept, given) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
+    std::io::Write::write_all(&mut &kept, b"early words").expect("a socket takes a few bytes");
+    worker.obey(VsockCommand::Connect { port: 5, stream: given.into() });
+    let signals = std::sync::Arc::clone(&activation.signals);
+    worker.activate(activation);
+    while worker.move_packets() {}
+    worker.core.host_readable(Id(16));
+    while worker.move_packets() {}
+    worker.deactivate();
+    signals.status.load(Ordering::SeqCst) != 0
+}
+
 struct Worker<'a, F> {
     inbox: &'a Inbox<VsockCommand>,
     on_accept: F,

@@ -13,6 +13,8 @@
 //! - The more connections there are, the less is buffered for each, so that all buffers together stay bounded.
 
 mod connection;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) mod story;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
