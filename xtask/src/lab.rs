@@ -2,6 +2,7 @@
 //! processor that virtualizes and with this machine's files, where changes to them stay in memory. The command's output streams,
 //! its exit code is ours, and nothing is left behind when it ends or is interrupted.
 
+pub(crate) mod hold;
 mod machine;
 mod system;
 

@@ -29,6 +29,10 @@ const OUT: &str = "/run/coracle-lab-out";
 const CPU: &str =
     "max,+svm,+npt,-xsave,-xsavec,-xsaveopt,-xgetbv1,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku,-mpx";
 
+/// A processor that gets nowhere for two minutes ends the machine, so that whoever waits for it learns it.
+const APPEND: &str =
+    "console=ttyS0 panic=-1 quiet loglevel=5 mitigations=off watchdog_thresh=60 softlockup_panic=1";
+
 /// Runs `arguments` in a new machine.
 pub(super) fn run(system: &System, options: &Options, arguments: &[String]) -> Result<ExitCode> {
     let signals = Signals::hold()?;
@@ -234,8 +238,10 @@ fn qemu(system: &System, options: &Options, job: &Path) -> Result<std::process::
         .arg(&system.kernel)
         .arg("-initrd")
         .arg(&system.initramfs)
-        .args(["-append", "console=ttyS0 panic=-1 quiet loglevel=5 mitigations=off"])
+        .args(["-append", APPEND])
         .args(["-serial", &format!("file:{}", path("console.log")?)])
+        // For looking into a machine that hangs: `socat - unix:/tmp/coracle-lab-…/monitor`, then `info registers -a`.
+        .args(["-monitor", &format!("unix:{},server=on,wait=off", path("monitor")?)])
         .args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
         .args([
             "-virtfs",
@@ -274,6 +280,11 @@ fn script(arguments: &[String], out: bool) -> Result<String> {
             "mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=none out {OUT} || exit 125"
         )?;
     }
+    let xtask = std::env::current_exe().context("cannot find this program")?;
+    let xtask = xtask.to_str().context("this program's path is not UTF-8")?;
+    // Not a child of the command, which may wait for all that it has.
+    writeln!(script, "mkfifo /run/kvm-held && (exec {} hold-kvm > /run/kvm-held &)", shell::quote(xtask))?;
+    writeln!(script, "read -r held < /run/kvm-held || exit 125")?;
     let folder = std::env::current_dir().context("cannot find the current folder")?;
     let folder = folder.to_str().context("the current folder's path is not UTF-8")?;
     writeln!(script, "cd {} || exit 125", shell::quote(folder))?;
