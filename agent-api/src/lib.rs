@@ -10,6 +10,9 @@
 //! | `POST /v1/containers/{id}/start` | [`ContainerSpec`] → [`Started`] | mounts the layers that are missing, starts the container's first process; the process has the container's id |
 //! | `POST /v1/containers/{id}/pause` | → 204 | freezes every process of a running container; the answer comes when all of them stand still |
 //! | `POST /v1/containers/{id}/unpause` | → 204 | lets them run on |
+//! | `POST /v1/containers/{id}/resources` | [`Resources`] → 204 | changes those limits of a running container that are set |
+//! | `GET /v1/containers/{id}/stats` | → [`Stats`] | what a running container has used so far |
+//! | `GET /v1/containers/{id}/processes` | → [`Processes`] | the processes of a running container |
 //! | `DELETE /v1/containers/{id}` | → 204 | removes a stopped container's writable layer |
 //! | `POST /v1/containers/retain` | [`Retain`] → 204 | removes the writable layer of every container that is not named |
 //! | `DELETE /v1/layers/{diff_id}` | → 204 | unmounts a layer that no running container uses and gives its partition back |

@@ -1,5 +1,7 @@
 //! Bodies of requests and answers.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{DiffId, ProcessId, Seccomp};
@@ -125,7 +127,7 @@ pub struct InjectedFile {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Resources {
-    /// `memory.max` in bytes.
+    /// `memory.max` in bytes. Here and below, `u64::MAX` is no limit.
     pub memory: Option<u64>,
     /// `memory.swap.max` in bytes (of swap alone).
     pub memory_swap: Option<u64>,
@@ -139,8 +141,158 @@ pub struct Resources {
     pub cpu_shares: Option<u64>,
     /// `cpuset.cpus`, in the kernel's list format.
     pub cpuset_cpus: Option<String>,
+    /// `cpuset.mems`, in the kernel's list format.
+    pub cpuset_mems: Option<String>,
     /// `pids.max`.
     pub pids: Option<u64>,
+    /// Docker's weight of block I/O, 10 to 1000.
+    pub io_weight: Option<u16>,
+    /// The same for single devices.
+    pub io_device_weights: Vec<IoDeviceWeight>,
+    /// `io.max`.
+    pub io_limits: Vec<IoLimit>,
+}
+
+/// A weight for a block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IoDeviceWeight {
+    /// The device's node in the guest.
+    pub path: String,
+    /// Docker's weight, 10 to 1000.
+    pub weight: u16,
+}
+
+/// A limit for a block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IoLimit {
+    /// The device's node in the guest.
+    pub path: String,
+    /// What is limited.
+    pub what: IoLimitKind,
+    /// Bytes or operations in a second.
+    pub rate: u64,
+}
+
+/// What a limit of a block device is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoLimitKind {
+    /// Bytes read.
+    ReadBytes,
+    /// Bytes written.
+    WriteBytes,
+    /// Reads.
+    ReadOperations,
+    /// Writes.
+    WriteOperations,
+}
+
+/// What a container has used, as its cgroup says.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stats {
+    /// When these were read, in nanoseconds since 1970.
+    pub unix_nanos: u64,
+    /// Processors of the guest.
+    pub online_cpus: u32,
+    /// Time of all processors of the guest, idle or not.
+    pub system_cpu_nanos: u64,
+    /// `cpu.stat`.
+    pub cpu: BTreeMap<String, u64>,
+    /// Memory; none where the guest does not count it.
+    pub memory: Option<MemoryStats>,
+    /// `pids.current`.
+    pub pids: u64,
+    /// `pids.max`, if there is one.
+    pub pids_limit: Option<u64>,
+    /// `io.stat`.
+    pub io: Vec<IoStats>,
+}
+
+/// Memory that a container uses.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryStats {
+    /// `memory.current`.
+    pub usage: u64,
+    /// `memory.max`, or what the guest has.
+    pub limit: u64,
+    /// `memory.stat`.
+    pub stat: BTreeMap<String, u64>,
+}
+
+/// I/O of a container with one block device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IoStats {
+    /// Of the device.
+    pub major: u32,
+    /// Of the device.
+    pub minor: u32,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub write_bytes: u64,
+    /// Reads.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+}
+
+/// A process of a container, as /proc tells of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProcessInfo {
+    /// Process id in the guest's root pid namespace.
+    pub pid: u32,
+    /// Of its parent.
+    pub parent: u32,
+    /// Process group.
+    pub group: u32,
+    /// Session.
+    pub session: u32,
+    /// Number of its terminal; 0 if it has none.
+    pub terminal: u32,
+    /// The group in the foreground of its terminal.
+    pub terminal_group: i32,
+    /// Real user and group, effective user and group.
+    pub ids: [u32; 4],
+    /// `R`, `S`, …
+    pub state: String,
+    /// The program's name, at most 15 bytes.
+    pub name: String,
+    /// The command with its arguments; empty for a zombie.
+    pub arguments: Vec<String>,
+    /// Threads.
+    pub threads: u32,
+    /// Priority.
+    pub priority: i64,
+    /// Niceness.
+    pub nice: i64,
+    /// When it was started, nanoseconds since 1970.
+    pub started_unix_nanos: u64,
+    /// Time on processors, in user and kernel mode.
+    pub cpu_micros: u64,
+    /// Address space in bytes.
+    pub virtual_bytes: u64,
+    /// Memory in bytes.
+    pub resident_bytes: u64,
+    /// Of it, locked.
+    pub locked_bytes: u64,
+    /// The processor it ran on last.
+    pub processor: u32,
+}
+
+/// Answer of `GET /v1/containers/{id}/processes`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Processes {
+    /// All memory of the guest in bytes.
+    pub memory_bytes: u64,
+    /// By process id.
+    pub processes: Vec<ProcessInfo>,
 }
 
 /// A process to start.

@@ -35,7 +35,7 @@ impl UnixNanos {
         self.0.div_euclid(NANOS)
     }
 
-    fn timestamp(self) -> Timestamp {
+    pub(crate) fn timestamp(self) -> Timestamp {
         Timestamp::from_nanosecond(i128::from(self.0)).unwrap_or_default()
     }
 

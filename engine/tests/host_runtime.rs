@@ -8,6 +8,7 @@ use std::{
     time::SystemTime,
 };
 
+use bollard_stubs::models;
 use support::{Daemon, text, with_busybox};
 
 #[test]
@@ -113,4 +114,112 @@ fn a_seccomp_profile_is_the_clients_file_and_has_its_effect() {
         "busybox",
         "true",
     ]);
+}
+
+#[test]
+fn processes_are_listed_in_the_columns_of_ps() {
+    let (_machine, daemon) = with_busybox();
+    daemon.ok(&["create", "--name", "box", "--network", "none", "busybox", "sh", "-c", "sleep 1000; true"]);
+    assert!(daemon.fails(1, &["top", "box"]).contains("is not running"));
+    daemon.ok(&["start", "box"]);
+    let full = daemon.ok(&["top", "box"]);
+    let lines: Vec<Vec<&str>> = full.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]);
+    assert_eq!((lines.len(), lines[1][0], lines[2][7]), (3, "root", "sleep"), "{full}");
+    assert_eq!(lines[2][2], lines[1][1]);
+    let pid = daemon.ok(&["inspect", "-f", "{{.State.Pid}}", "box"]);
+    let chosen = daemon.ok(&["top", "box", "-o", "pid,comm"]);
+    assert!(chosen.lines().nth(1).unwrap().starts_with(pid.trim()), "{chosen}");
+    daemon.ok(&["pause", "box"]);
+    assert!(daemon.ok(&["top", "box", "aux"]).contains("sleep 1000"));
+    assert!(daemon.fails(1, &["top", "box", "-q", "1"]).contains("`-q` is not supported"));
+    daemon.ok(&["rm", "-f", "box"]);
+}
+
+#[test]
+fn statistics_are_told_once_or_for_as_long_as_someone_listens() {
+    let (_machine, daemon) = with_busybox();
+    daemon.ok(&[
+        "run",
+        "-d",
+        "--name",
+        "busy",
+        "--network",
+        "none",
+        "busybox",
+        "sh",
+        "-c",
+        "while :; do :; done",
+    ]);
+    let told: models::ContainerStatsResponse = {
+        let (status, body) = daemon.api("GET", "/containers/busy/stats?stream=0", "");
+        assert_eq!(status, 200, "{body}");
+        serde_json::from_str(&body).unwrap()
+    };
+    let (now, before) = (told.cpu_stats.unwrap(), told.precpu_stats.unwrap());
+    let total = |stats: &models::ContainerCpuStats| stats.cpu_usage.as_ref().unwrap().total_usage.unwrap();
+    let used = total(&now) - total(&before);
+    let system = now.system_cpu_usage.unwrap() - before.system_cpu_usage.unwrap();
+    let processors = u64::from(now.online_cpus.unwrap());
+    // One processor or what others leave of it.
+    let percent = used * processors * 100 / system;
+    assert!((10..=130).contains(&percent), "{percent} % ({used} of {system} ns on {processors})");
+    let shown = daemon.ok(&["stats", "--no-stream", "--format", "{{.Name}} {{.PIDs}}", "busy"]);
+    assert_eq!(shown, "busy 1\n");
+    let (_, once) = daemon.api("GET", "/containers/busy/stats?stream=0&one-shot=1", "");
+    assert!(once.contains(r#""preread":"0001-01-01T00:00:00Z""#), "{once}");
+
+    let mut stream = std::process::Command::new("curl")
+        .args(["--silent", "--no-buffer", "--unix-socket"])
+        .arg(daemon.socket())
+        .arg("http://docker/containers/busy/stats")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(stream.stdout.take().unwrap()).lines();
+    let first: models::ContainerStatsResponse =
+        serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    let second: models::ContainerStatsResponse =
+        serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    assert_eq!(second.preread, first.read);
+    daemon.ok(&["rm", "-f", "busy"]);
+    // The stream ends with the container.
+    assert!(lines.count() <= 2);
+    stream.wait().unwrap();
+    assert_eq!(daemon.api("GET", "/containers/busy/stats", "").0, 404);
+}
+
+#[test]
+fn limits_are_changed_by_dockers_rules() {
+    let (_machine, daemon) = with_busybox();
+    daemon.ok(&[
+        "create",
+        "--name",
+        "box",
+        "--network",
+        "none",
+        "--memory",
+        "100m",
+        "busybox",
+        "sleep",
+        "1000",
+    ]);
+    let limits = "{{.HostConfig.Memory}} {{.HostConfig.MemorySwap}} {{.HostConfig.CpuShares}} {{.HostConfig.PidsLimit}}";
+    assert_eq!(daemon.ok(&["inspect", "-f", limits, "box"]), "104857600 209715200 0 0\n");
+    daemon.ok(&["update", "--memory", "200m", "--cpu-shares", "512", "--pids-limit", "20", "box"]);
+    assert_eq!(daemon.ok(&["inspect", "-f", limits, "box"]), "209715200 209715200 512 20\n");
+    for (options, words) in [
+        (&["--memory", "300m"][..], "update the memoryswap at the same time"),
+        (&["--memory", "1m"], "Minimum memory limit allowed is 6MB"),
+        (&["--blkio-weight", "5"], "Range of blkio weight is from 10 to 1000"),
+        (&["--cpuset-cpus", "x"], "Invalid value x for cpuset cpus"),
+    ] {
+        let refused = daemon.fails(1, &[&["update"], options, &["box"]].concat());
+        assert!(refused.contains(words), "{options:?}: {refused}");
+    }
+    assert_eq!(daemon.ok(&["inspect", "-f", limits, "box"]), "209715200 209715200 512 20\n");
+    let warned = daemon.docker(&["create", "--memory-swappiness", "10", "--network", "none", "busybox"]);
+    assert!(text(&warned.stderr).contains("Memory swappiness discarded"), "{}", text(&warned.stderr));
+    let refused = daemon.fails(1, &["create", "--oom-kill-disable", "--network", "none", "busybox"]);
+    assert!(refused.contains("cgroup v2 has no such switch"), "{refused}");
 }

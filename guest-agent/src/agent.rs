@@ -7,11 +7,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use coracle_agent_api::{AgentState, DiffId, ErrorKind, ExitStatus, ProcessId, ProcessState, Retain};
+use coracle_agent_api::{
+    AgentState, DiffId, ErrorKind, ExitStatus, ProcessId, ProcessState, Processes, Resources, Retain, Stats,
+};
 use tokio::sync::{Notify, watch};
 
 use crate::cgroup::Cgroups;
-use crate::clock;
 use crate::containers::{Container, Containers, Holdings};
 use crate::error::{AtStep, Result, conflict, from_io, not_found};
 use crate::fork_server::ForkServer;
@@ -20,6 +21,7 @@ use crate::processes::{self, Process, Registry};
 use crate::reaper::Reaper;
 use crate::seccomp;
 use crate::storage::{self, Storage};
+use crate::{check, clock};
 
 /// Where the agent keeps its things.
 #[derive(Debug, Clone)]
@@ -168,6 +170,25 @@ impl Agent {
         let container = self.running(id)?;
         let what = if pause { "pause the container" } else { "unpause the container" };
         blocking(move || container.cgroup.freeze(pause).at_kind(ErrorKind::Internal, what)).await
+    }
+
+    /// Changes limits of a running container.
+    pub(crate) async fn change_limits(&self, id: &ProcessId, resources: Resources) -> Result<()> {
+        check::resources(&resources)?;
+        let (container, cgroups) = (self.running(id)?, self.cgroups.clone());
+        blocking(move || cgroups.change(&container.cgroup, &resources)).await
+    }
+
+    /// What a running container has used.
+    pub(crate) async fn stats(&self, id: &ProcessId) -> Result<Stats> {
+        let container = self.running(id)?;
+        blocking(move || container.cgroup.stats().at_kind(ErrorKind::Internal, "read the cgroup")).await
+    }
+
+    /// The processes of a running container.
+    pub(crate) async fn processes_of(&self, id: &ProcessId) -> Result<Processes> {
+        let container = self.running(id)?;
+        blocking(move || Ok(container.cgroup.processes())).await
     }
 
     /// Asks for the end; [`Agent::stop`] follows.

@@ -1,6 +1,6 @@
 //! Checks requests before anything is done for them: what is out of range is refused by name.
 
-use coracle_agent_api::{ContainerSpec, ProcessSpec};
+use coracle_agent_api::{ContainerSpec, ProcessSpec, Resources};
 
 use crate::child;
 use crate::error::{Result, invalid};
@@ -28,8 +28,24 @@ pub(crate) fn container(spec: &ContainerSpec) -> Result<()> {
     for (what, path) in files.chain(masked).chain(readonly) {
         absolute(what, path)?;
     }
-    if spec.resources.cpuset_cpus.as_ref().is_some_and(|list| list.contains(|c: char| c.is_control())) {
-        return Err(invalid("the list of CPUs has a control character in it"));
+    resources(&spec.resources)
+}
+
+/// Checks limits.
+pub(crate) fn resources(resources: &Resources) -> Result<()> {
+    for list in [&resources.cpuset_cpus, &resources.cpuset_mems].into_iter().flatten() {
+        if !list.bytes().all(|b| b.is_ascii_digit() || matches!(b, b',' | b'-')) {
+            return Err(invalid(
+                "a list of CPUs or memory nodes has a character in it that is none of 0-9, `,` and `-`",
+            ));
+        }
+    }
+    let weights = resources.io_device_weights.iter().map(|device| &device.path);
+    let limits = resources.io_limits.iter().map(|limit| &limit.path);
+    for path in weights.chain(limits) {
+        if !path.starts_with("/dev/") || path.contains('\0') || path.split('/').any(|part| part == "..") {
+            return Err(invalid(format!("`{path}` is not a device in /dev")));
+        }
     }
     Ok(())
 }

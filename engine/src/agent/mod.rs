@@ -11,8 +11,8 @@ use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use coracle_agent_api::{
-    self as api, AgentState, ContainerSpec, DiffId, ExecSpec, OUTPUT_PROTOCOL, ProcessId, Retain,
-    STDIN_PROTOCOL, Signal, Started, TerminalSize,
+    self as api, AgentState, ContainerSpec, DiffId, ExecSpec, OUTPUT_PROTOCOL, ProcessId, Processes,
+    Resources, Retain, STDIN_PROTOCOL, Signal, Started, Stats, TerminalSize,
 };
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
@@ -94,6 +94,21 @@ impl Agent {
         let what = if pause { "pause" } else { "unpause" };
         let path = format!("/v1/containers/{id}/{what}");
         self.call(Method::POST, &path, Bytes::new(), CALL_TIME).await.map(drop)
+    }
+
+    /// Changes those limits of a running container that are set.
+    pub(crate) async fn change_limits(&self, id: &ProcessId, limits: &Resources) -> Result<(), AgentError> {
+        self.post_only(&format!("/v1/containers/{id}/resources"), limits).await
+    }
+
+    /// What a running container has used so far.
+    pub(crate) async fn stats(&self, id: &ProcessId) -> Result<Stats, AgentError> {
+        self.get(&format!("/v1/containers/{id}/stats")).await
+    }
+
+    /// The processes of a running container.
+    pub(crate) async fn processes(&self, id: &ProcessId) -> Result<Processes, AgentError> {
+        self.get(&format!("/v1/containers/{id}/processes")).await
     }
 
     pub(crate) async fn remove_container(&self, id: &ProcessId) -> Result<(), AgentError> {

@@ -20,13 +20,14 @@ use crate::{
 
 pub(crate) async fn create(mut request: Request) -> Result<Response> {
     let body = request.read_body().await?;
-    let CreateRequest { mut config, mut host_config } = CreateRequest::parse(&body)?;
+    let CreateRequest { mut config, mut host_config, warnings: mut all_warnings } =
+        CreateRequest::parse(&body)?;
     let core = &request.core;
     // Until the container is known, its image must not go.
     let _image_stays = core.image_gate.read().await;
     let image = find_image(&request, &config).await?;
     let platform = check_platform(&request, &image)?;
-    let warnings = warnings(&config, &host_config, &image);
+    all_warnings.extend(warnings(&config, &host_config, &image));
     config.merge_image(&image.config.config)?;
     if !config.working_dir.is_empty() && !config.working_dir.starts_with('/') {
         return Err(Error::invalid(format!(
@@ -61,7 +62,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
     container.set_trace(trace);
     let record = container.record();
     core.events.container("create", record.id.as_str(), &record.config.image, record.event_attributes());
-    Ok(body::json(StatusCode::CREATED, &json!({ "Id": record.id.as_str(), "Warnings": warnings })))
+    Ok(body::json(StatusCode::CREATED, &json!({ "Id": record.id.as_str(), "Warnings": all_warnings })))
 }
 
 /// Writes it down, then lets it be found.
@@ -171,6 +172,9 @@ fn fill_defaults(config: &mut Config, host_config: &mut HostConfig, short_id: &s
     }
     if host_config.restart_policy.name.is_empty() {
         "no".clone_into(&mut host_config.restart_policy.name);
+    }
+    if host_config.memory > 0 && host_config.memory_swap == 0 {
+        host_config.memory_swap = host_config.memory.saturating_mul(2);
     }
     if host_config.shm_size == 0 {
         host_config.shm_size = crate::container::options::DEFAULT_SHM;

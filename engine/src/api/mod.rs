@@ -11,7 +11,9 @@ pub(crate) mod load;
 pub(crate) mod logs;
 pub mod private;
 pub(crate) mod prune;
+pub(crate) mod stats;
 pub(crate) mod system;
+pub(crate) mod top;
 pub(crate) mod update;
 pub(crate) mod wait;
 

@@ -1,12 +1,13 @@
 //! `/containers/{id}/update`: what of a container can be changed after it was made.
 
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
+use super::to_its_end;
 use crate::{
     container::{
-        config::RestartPolicy,
+        config::HostConfig,
         options::{object, typed},
-        refused,
+        refused, resources,
         restart::Policy,
     },
     error::Result,
@@ -16,22 +17,12 @@ use crate::{
 pub(crate) async fn update(mut request: Request, id: &str) -> Result<Response> {
     let container = request.core.containers.find(id)?;
     let mut members = object(&request.read_body().await?)?;
-    let policy = take_policy(&mut members)?;
+    let policy = members.remove("RestartPolicy");
     refused::check_update(&members)?;
-    if let Some(policy) = policy {
-        container.set_restart_policy(policy).await?;
-    }
-    Ok(body::ok(&json!({ "Warnings": [] })))
-}
-
-/// A policy without a name says that there is nothing to change.
-fn take_policy(members: &mut Map<String, Value>) -> Result<Option<RestartPolicy>> {
-    let Some(policy) = members.remove("RestartPolicy").filter(|policy| !policy.is_null()) else {
-        return Ok(None);
-    };
-    let mut wrapped = Map::new();
-    wrapped.insert("RestartPolicy".to_owned(), policy);
-    let policy = typed::<crate::container::config::HostConfig>(wrapped)?.restart_policy;
-    Policy::parse(&policy)?;
-    Ok(Some(policy).filter(|policy| !policy.name.is_empty()))
+    members.extend(policy.map(|policy| ("RestartPolicy".to_owned(), policy)));
+    let mut update: HostConfig = typed(members)?;
+    Policy::parse(&update.restart_policy)?;
+    let warnings = resources::check(&mut update, true)?;
+    to_its_end(&request.core, async move { container.update(update).await }).await?;
+    Ok(body::ok(&json!({ "Warnings": warnings })))
 }

@@ -19,8 +19,9 @@ use tracing::Instrument;
 
 use super::{
     Container,
-    config::RestartPolicy,
-    record::Record,
+    config::HostConfig,
+    record::{ContainerId, Record},
+    resources,
     restart::{Backoff, Policy},
     spec,
     state::{Change, Status, Told},
@@ -53,9 +54,9 @@ pub(crate) enum Message {
     Tell {
         action: &'static str,
     },
-    /// Others decide when it is started again.
-    SetRestartPolicy {
-        policy: RestartPolicy,
+    /// Its limits change, or when it is started again.
+    Update {
+        update: Box<HostConfig>,
         answer: oneshot::Sender<Result<()>>,
     },
     /// Everything that ran is taken over.
@@ -155,9 +156,7 @@ impl Actor {
             Message::Start { asked, answer } => drop(answer.send(self.start(asked).await)),
             Message::StopAsked { by_user, answer } => drop(answer.send(self.stop_asked(by_user).await)),
             Message::Tell { action } => self.tell(action, BTreeMap::new()),
-            Message::SetRestartPolicy { policy, answer } => {
-                drop(answer.send(self.set_restart_policy(policy).await))
-            }
+            Message::Update { update, answer } => drop(answer.send(self.update(*update).await)),
             Message::DaemonStarted => self.daemon_started().await,
             Message::Signal { signal, answer } => drop(answer.send(self.signal(signal).await)),
             Message::Pause { answer } => drop(answer.send(self.pause().await)),
@@ -514,17 +513,46 @@ impl Actor {
         Ok(())
     }
 
-    async fn set_restart_policy(&mut self, policy: RestartPolicy) -> Result<()> {
-        if self.record.host_config.auto_remove && Policy::parse(&policy)? != Policy::No {
-            return Err(Error::conflict(
-                "Restart policy cannot be updated because AutoRemove is enabled for the container",
-            ));
+    async fn update(&mut self, update: HostConfig) -> Result<()> {
+        let cannot = |error: Error, id: &ContainerId| error.context(format!("Cannot update container {id}"));
+        let before = self.record.host_config.clone();
+        self.merge(update).map_err(|error| cannot(error, &self.record.id))?;
+        let limits = resources::convert(&self.record.host_config);
+        let changed = limits != resources::convert(&before);
+        let running = self.record.state.status.is_running();
+        let result = match changed && running {
+            true => self.host().agent().change_limits(&self.record.id, &limits).await.map_err(Error::from),
+            false => Ok(()),
+        };
+        let result = match result {
+            Ok(()) => self.save().await,
+            failed => failed,
+        };
+        if let Err(error) = result {
+            if changed && running {
+                let old = resources::convert(&before);
+                let _ = self.host().agent().change_limits(&self.record.id, &old).await;
+            }
+            self.record.host_config = before;
+            return Err(cannot(error, &self.record.id));
         }
-        let before = std::mem::replace(&mut self.record.host_config.restart_policy, policy);
-        if let Err(error) = self.save().await {
-            self.record.host_config.restart_policy = before;
-            return Err(error);
+        self.tell("update", BTreeMap::new());
+        Ok(())
+    }
+
+    /// Puts the changes into the record; what makes no sense leaves it as it was.
+    fn merge(&mut self, update: HostConfig) -> Result<()> {
+        let mut merged = self.record.host_config.clone();
+        resources::merge(&mut merged, &update)?;
+        if !update.restart_policy.name.is_empty() {
+            if merged.auto_remove && Policy::parse(&update.restart_policy)? != Policy::No {
+                return Err(Error::conflict(
+                    "Restart policy cannot be updated because AutoRemove is enabled for the container",
+                ));
+            }
+            merged.restart_policy = update.restart_policy;
         }
+        self.record.host_config = merged;
         Ok(())
     }
 

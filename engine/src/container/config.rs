@@ -9,6 +9,7 @@ use coracle_image_store::config::ContainerConfig as ImageConfig;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::health::Healthcheck;
+use super::resources::{ThrottleDevice, WeightDevice};
 use crate::error::{Error, Result};
 
 /// A JSON object without members, as Docker writes the elements of sets.
@@ -78,6 +79,21 @@ pub(crate) struct HostConfig {
     pub(crate) cpu_quota: i64,
     pub(crate) cpu_shares: i64,
     pub(crate) cpuset_cpus: String,
+    pub(crate) cpuset_mems: String,
+    pub(crate) blkio_weight: u16,
+    pub(crate) blkio_weight_device: Vec<WeightDevice>,
+    pub(crate) blkio_device_read_bps: Vec<ThrottleDevice>,
+    pub(crate) blkio_device_write_bps: Vec<ThrottleDevice>,
+    #[serde(rename = "BlkioDeviceReadIOps")]
+    pub(crate) blkio_device_read_iops: Vec<ThrottleDevice>,
+    #[serde(rename = "BlkioDeviceWriteIOps")]
+    pub(crate) blkio_device_write_iops: Vec<ThrottleDevice>,
+    pub(crate) memory_swappiness: Option<i64>,
+    pub(crate) oom_kill_disable: Option<bool>,
+    #[serde(skip_serializing)]
+    pub(crate) kernel_memory: i64,
+    #[serde(rename = "KernelMemoryTCP", skip_serializing)]
+    pub(crate) kernel_memory_tcp: i64,
     pub(crate) pids_limit: Option<i64>,
     pub(crate) masked_paths: Option<Vec<String>>,
     pub(crate) readonly_paths: Option<Vec<String>>,

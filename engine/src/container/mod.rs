@@ -12,6 +12,7 @@ pub(crate) mod options;
 pub(crate) mod record;
 pub(crate) mod refused;
 pub(crate) mod registry;
+pub(crate) mod resources;
 pub(crate) mod restart;
 pub(crate) mod seccomp;
 pub(crate) mod signal;
@@ -33,7 +34,7 @@ use crate::{
     timings::Trace,
 };
 use actor::Message;
-use config::RestartPolicy;
+use config::HostConfig;
 use health::{Health, HealthStatus};
 use options::LogKind;
 use record::{ContainerId, Record};
@@ -262,8 +263,9 @@ impl Container {
         if self.is_running() { self.kill_and_wait(exits).await } else { Ok(()) }
     }
 
-    pub(crate) async fn set_restart_policy(&self, policy: RestartPolicy) -> Result<()> {
-        self.ask(|answer| Message::SetRestartPolicy { policy, answer }).await
+    /// Changes its limits, and when it is started again; a policy without a name changes nothing.
+    pub(crate) async fn update(&self, update: HostConfig) -> Result<()> {
+        self.ask(|answer| Message::Update { update: Box::new(update), answer }).await
     }
 
     /// Removes it; with `force`, kills it first.

@@ -3,14 +3,14 @@
 //! The body is hostile: wrong types, out-of-range numbers and options that cannot be given are refused with a sentence;
 //! nothing of it is acted on before it is checked.
 
-use coracle_agent_api::{Resources, Rlimit, Seccomp, TmpfsMount};
+use coracle_agent_api::{Rlimit, Seccomp, TmpfsMount};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::{
     capability,
     config::{Config, HostConfig, LogConfig, Ulimit, env_name},
-    refused,
+    refused, resources,
     restart::Policy,
     seccomp, signal,
 };
@@ -19,10 +19,6 @@ use crate::{
     logs::Limits,
 };
 
-/// The least memory limit that makes sense, as in Docker.
-const MIN_MEMORY: i64 = 6 * 1024 * 1024;
-/// Docker's period of `--cpus`.
-const CPU_PERIOD: u64 = 100_000;
 /// Docker's size of /dev/shm.
 pub(crate) const DEFAULT_SHM: i64 = 64 * 1024 * 1024;
 
@@ -31,6 +27,8 @@ pub(crate) const DEFAULT_SHM: i64 = 64 * 1024 * 1024;
 pub(crate) struct CreateRequest {
     pub(crate) config: Config,
     pub(crate) host_config: HostConfig,
+    /// What people should know of it.
+    pub(crate) warnings: Vec<String>,
 }
 
 impl CreateRequest {
@@ -52,13 +50,14 @@ impl CreateRequest {
         refused::check_networking(&networking, &host_config.network_mode)?;
         // Refused above unless empty; the image's own are merged in later.
         config.volumes.clear();
-        let request = Self { config, host_config };
+        let warnings = resources::check(&mut host_config, false)?;
+        let request = Self { config, host_config, warnings };
         request.check()?;
         Ok(request)
     }
 
     fn check(&self) -> Result<()> {
-        let Self { config, host_config } = self;
+        let Self { config, host_config, .. } = self;
         if config.image.is_empty() {
             return Err(Error::invalid("no image specified: name one in `Image`"));
         }
@@ -82,7 +81,6 @@ impl CreateRequest {
         security(&host_config.security_opt)?;
         capability::resolve(&host_config.cap_add, &host_config.cap_drop)?;
         rlimits(&host_config.ulimits)?;
-        resources(host_config)?;
         tmpfs(host_config)?;
         for host in &host_config.extra_hosts {
             hosts_line(host)?;
@@ -332,90 +330,6 @@ pub(crate) fn rlimits(ulimits: &[Ulimit]) -> Result<Vec<Rlimit>> {
     ulimits.iter().map(convert).collect()
 }
 
-/// Converts limits, with Docker's rules and words.
-pub(crate) fn resources(host: &HostConfig) -> Result<Resources> {
-    let invalid = |message: &str| Err(Error::invalid(message));
-    let set = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
-    if host.memory != 0 && host.memory < MIN_MEMORY {
-        return invalid("Minimum memory limit allowed is 6MB");
-    }
-    if host.memory_reservation != 0 && host.memory_reservation < MIN_MEMORY {
-        return invalid("Minimum memory reservation allowed is 6MB");
-    }
-    if host.memory > 0 && host.memory_reservation > host.memory {
-        return invalid("Minimum memory limit can not be less than memory reservation limit, see usage");
-    }
-    if host.memory_swap > 0 && host.memory == 0 {
-        return invalid("You should always set the Memory limit when using Memoryswap limit, see usage");
-    }
-    if host.memory_swap > 0 && host.memory_swap < host.memory {
-        return invalid("Minimum memoryswap limit should be larger than memory limit, see usage");
-    }
-    if host.memory_swap < -1 {
-        return invalid("invalid memoryswap limit: use -1 for unlimited swap");
-    }
-    if host.cpu_shares < 0 {
-        return Err(Error::invalid(format!(
-            "invalid CPU shares ({}): value must be a positive integer",
-            host.cpu_shares
-        )));
-    }
-    let cpuset_legal = host.cpuset_cpus.bytes().all(|b| b.is_ascii_digit() || matches!(b, b',' | b'-'));
-    if !cpuset_legal {
-        return Err(Error::invalid(format!(
-            "Invalid value {:?} for cpuset cpus",
-            host.cpuset_cpus.chars().take(60).collect::<String>()
-        )));
-    }
-    let memory_swap = match (host.memory, host.memory_swap) {
-        (0, _) | (_, -1) => None,
-        // As much swap as memory unless said otherwise.
-        (memory, 0) => set(memory),
-        (memory, both) => u64::try_from(both - memory).ok(),
-    };
-    let (cpu_quota, cpu_period) = cpu(host)?;
-    Ok(Resources {
-        memory: set(host.memory),
-        memory_swap,
-        memory_reservation: set(host.memory_reservation),
-        cpu_quota,
-        cpu_period,
-        cpu_shares: set(host.cpu_shares).map(|shares| shares.clamp(2, 262_144)),
-        cpuset_cpus: Some(host.cpuset_cpus.clone()).filter(|cpus| !cpus.is_empty()),
-        pids: host.pids_limit.and_then(set),
-    })
-}
-
-fn cpu(host: &HostConfig) -> Result<(Option<u64>, Option<u64>)> {
-    let invalid = |message: &str| Err(Error::invalid(message));
-    if host.nano_cpus < 0 {
-        return invalid("invalid value for --cpus: it must not be negative");
-    }
-    if host.nano_cpus > 0 {
-        if host.cpu_period != 0 {
-            return invalid("Conflicting options: Nano CPUs and CPU Period cannot both be set");
-        }
-        if host.cpu_quota != 0 {
-            return invalid("Conflicting options: Nano CPUs and CPU Quota cannot both be set");
-        }
-        let quota = host.nano_cpus.unsigned_abs() / (1_000_000_000 / CPU_PERIOD);
-        if quota < 1000 {
-            return invalid("Range of CPUs is from 0.01 upwards");
-        }
-        return Ok((Some(quota), Some(CPU_PERIOD)));
-    }
-    if host.cpu_period != 0 && !(1000..=1_000_000).contains(&host.cpu_period) {
-        return invalid(
-            "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)",
-        );
-    }
-    if host.cpu_quota > 0 && host.cpu_quota < 1000 {
-        return invalid("CPU cfs quota can not be less than 1ms (i.e. 1000)");
-    }
-    let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
-    Ok((positive(host.cpu_quota), positive(host.cpu_period)))
-}
-
 /// Converts `--tmpfs`.
 pub(crate) fn tmpfs(host: &HostConfig) -> Result<Vec<TmpfsMount>> {
     let convert = |(path, options): (&String, &String)| {
@@ -513,17 +427,6 @@ mod tests {
             r#"{"Image":"x","Env":null,"Cmd":null,"Frobnicate":1,"HostConfig":{"CapAdd":null,"PidsLimit":null}}"#,
         );
         assert!(request.unwrap().config.env.is_empty());
-    }
-
-    #[test]
-    fn limits_become_cgroup_values() {
-        let request =
-            host(r#"{"Memory":104857600,"NanoCpus":1500000000,"PidsLimit":-1,"CpuShares":1}"#).unwrap();
-        let resources = resources(&request.host_config).unwrap();
-        assert_eq!(resources.memory, Some(104_857_600));
-        assert_eq!(resources.memory_swap, Some(104_857_600));
-        assert_eq!((resources.cpu_quota, resources.cpu_period), (Some(150_000), Some(100_000)));
-        assert_eq!((resources.pids, resources.cpu_shares), (None, Some(2)));
     }
 
     #[test]

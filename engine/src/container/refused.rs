@@ -33,12 +33,6 @@ const CONFIG: &[Refused] = &[
 const HOST_CONFIG: &[Refused] = &[
     no("Annotations", "--annotation"),
     no("Binds", "--volume"),
-    no("BlkioDeviceReadBps", "--device-read-bps"),
-    no("BlkioDeviceReadIOps", "--device-read-iops"),
-    no("BlkioDeviceWriteBps", "--device-write-bps"),
-    no("BlkioDeviceWriteIOps", "--device-write-iops"),
-    no("BlkioWeight", "--blkio-weight"),
-    no("BlkioWeightDevice", "--blkio-weight-device"),
     no("Cgroup", "Cgroup"),
     no("CgroupParent", "--cgroup-parent"),
     unless("CgroupnsMode", "--cgroupns", &[r#""private""#]),
@@ -46,7 +40,6 @@ const HOST_CONFIG: &[Refused] = &[
     no("CpuPercent", "--cpu-percent"),
     no("CpuRealtimePeriod", "--cpu-rt-period"),
     no("CpuRealtimeRuntime", "--cpu-rt-runtime"),
-    no("CpusetMems", "--cpuset-mems"),
     no("DeviceCgroupRules", "--device-cgroup-rule"),
     no("DeviceRequests", "--gpus"),
     no("Devices", "--device"),
@@ -57,12 +50,8 @@ const HOST_CONFIG: &[Refused] = &[
     no("IOMaximumIOps", "--io-maxiops"),
     unless("IpcMode", "--ipc", &[r#""private""#]),
     unless("Isolation", "--isolation", &[r#""default""#]),
-    no("KernelMemory", "--kernel-memory"),
-    no("KernelMemoryTCP", "--kernel-memory-tcp"),
     no("Links", "--link"),
-    unless("MemorySwappiness", "--memory-swappiness", &["-1"]),
     no("Mounts", "--mount"),
-    no("OomKillDisable", "--oom-kill-disable"),
     no("PidMode", "--pid"),
     no("PortBindings", "--publish"),
     no("Privileged", "--privileged"),
@@ -88,10 +77,34 @@ pub(super) fn check_host_config(members: &Map<String, Value>) -> Result<()> {
     check(members, HOST_CONFIG, "HostConfig.")
 }
 
-/// Refuses limits, which a container keeps for life.
+/// What an update may name: limits that a container's cgroup has.
+const UPDATE: &[&str] = &[
+    "BlkioDeviceReadBps",
+    "BlkioDeviceReadIOps",
+    "BlkioDeviceWriteBps",
+    "BlkioDeviceWriteIOps",
+    "BlkioWeight",
+    "CpuPeriod",
+    "CpuQuota",
+    "CpuShares",
+    "CpusetCpus",
+    "CpusetMems",
+    "KernelMemory",
+    "KernelMemoryTCP",
+    "Memory",
+    "MemoryReservation",
+    "MemorySwap",
+    "MemorySwappiness",
+    "NanoCpus",
+    "OomKillDisable",
+    "PidsLimit",
+];
+
+/// Refuses what a container keeps for life.
 pub(crate) fn check_update(members: &Map<String, Value>) -> Result<()> {
-    match members.iter().find(|(_, value)| !is_empty(value)) {
-        Some((member, _)) => Err(missing("changing limits of a container", member)),
+    let fixed = |(member, value): &(&String, &Value)| !is_empty(value) && !UPDATE.contains(&member.as_str());
+    match members.iter().find(fixed) {
+        Some((member, _)) => Err(missing("changing this of a container", member)),
         None => Ok(()),
     }
 }
@@ -168,15 +181,13 @@ mod tests {
 
     #[test]
     fn defaults_are_accepted_and_everything_else_is_refused_by_name() {
-        let defaults = r#"{"Binds":null,"Privileged":false,"MemorySwappiness":-1,"PortBindings":{},"IpcMode":"","BlkioWeight":0}"#;
+        let defaults = r#"{"Binds":null,"Privileged":false,"PortBindings":{},"IpcMode":""}"#;
         assert!(check_host_config(&object(defaults)).is_ok());
         for (json, option) in [
             (r#"{"Binds":["/a:/b"]}"#, "--volume"),
             (r#"{"Privileged":true}"#, "--privileged"),
             (r#"{"PortBindings":{"80/tcp":[{"HostPort":"80"}]}}"#, "--publish"),
             (r#"{"PidMode":"host"}"#, "--pid"),
-            (r#"{"MemorySwappiness":50}"#, "--memory-swappiness"),
-            (r#"{"MemorySwappiness":0}"#, "--memory-swappiness"),
             (r#"{"Annotations":{"a":""}}"#, "--annotation"),
         ] {
             let error = check_host_config(&object(json)).unwrap_err();

@@ -7,6 +7,7 @@ use super::{
     config::{Config, env_name},
     options,
     record::Record,
+    resources,
 };
 use crate::error::Result;
 
@@ -47,7 +48,7 @@ pub(crate) fn build(record: &Record, layers: Vec<Layer>) -> Result<ContainerSpec
         files: files(record)?,
         masked_paths: paths(host.masked_paths.as_ref(), MASKED_PATHS),
         readonly_paths: paths(host.readonly_paths.as_ref(), READONLY_PATHS),
-        resources: options::resources(host)?,
+        resources: resources::convert(host),
         seccomp: options::security(&host.security_opt)?.seccomp.unwrap_or_default(),
     })
 }
@@ -132,7 +133,7 @@ mod tests {
     use crate::{container::options::CreateRequest, sandbox::SandboxId};
 
     fn spec(json: &str) -> ContainerSpec {
-        let CreateRequest { config, host_config } = CreateRequest::parse(json.as_bytes()).unwrap();
+        let CreateRequest { config, host_config, .. } = CreateRequest::parse(json.as_bytes()).unwrap();
         let image = format!("sha256:{}", "0".repeat(64)).parse().unwrap();
         let id = "a".repeat(64).parse().unwrap();
         let name = "web".to_owned();

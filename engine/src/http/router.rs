@@ -3,7 +3,8 @@
 use super::{Request, Response};
 use crate::{
     api::{
-        attach, containers, create, events, exec, images, load, logs, private, prune, system, update, wait,
+        attach, containers, create, events, exec, images, load, logs, private, prune, stats, system, top,
+        update, wait,
     },
     error::{Error, Result},
 };
@@ -59,6 +60,8 @@ pub(super) async fn route(request: Request) -> Result<Response> {
         ("POST", ["containers", id, "wait"]) => wait::wait(&request, id),
         ("POST", ["containers", id, "pause"]) => containers::pause(&request, id).await,
         ("POST", ["containers", id, "unpause"]) => containers::unpause(&request, id).await,
+        ("GET", ["containers", id, "top"]) => top::top(&request, id).await,
+        ("GET", ["containers", id, "stats"]) => stats::stats(&request, id).await,
         ("POST", ["containers", id, "update"]) => update::update(request, id).await,
         ("POST", ["containers", id, "rename"]) => containers::rename(&request, id).await,
         ("POST", ["containers", id, "resize"]) => containers::resize(&request, id).await,
@@ -106,12 +109,6 @@ fn missing(method: &str, path: &[&str]) -> Error {
             "committing containers is not supported by Coracle yet: build an image elsewhere and use `docker load`"
         }
         ("POST", ["build", "prune"]) => "there is no build cache to prune in Coracle yet",
-        ("GET", ["containers", _, "top"]) => {
-            "listing processes is not supported by Coracle yet: use `docker exec CONTAINER ps`"
-        }
-        ("GET", ["containers", _, "stats"]) => {
-            "statistics are not supported by Coracle yet: read /sys/fs/cgroup inside the container"
-        }
         ("GET", ["containers", _, "changes"]) => "listing changed files is not supported by Coracle yet",
         ("GET", ["containers", _, "export"]) => {
             "exporting containers is not supported by Coracle yet: use `docker exec CONTAINER tar`"
@@ -138,7 +135,6 @@ mod tests {
             ("GET", "networks"),
             ("POST", "networks/create"),
             ("GET", "volumes"),
-            ("GET", "containers/x/stats"),
             ("HEAD", "containers/x/archive"),
             ("POST", "swarm/init"),
         ] {

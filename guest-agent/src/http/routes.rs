@@ -56,6 +56,13 @@ async fn route(
             detached(async move { agent.pause(&id, pause).await }).await?;
             Ok(done())
         }
+        (&Method::POST, ["containers", id, "resources"]) => {
+            let (id, resources) = (parse(id)?, body(request).await?);
+            detached(async move { agent.change_limits(&id, resources).await }).await?;
+            Ok(done())
+        }
+        (&Method::GET, ["containers", id, "stats"]) => Ok(json(&agent.stats(&parse(id)?).await?)),
+        (&Method::GET, ["containers", id, "processes"]) => Ok(json(&agent.processes_of(&parse(id)?).await?)),
         (&Method::DELETE, ["containers", id]) => {
             let id = parse(id)?;
             detached(async move { agent.remove_container(&id).await }).await?;

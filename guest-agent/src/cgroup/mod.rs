@@ -1,17 +1,20 @@
 //! cgroup v2: one group per container below one parent. A limit whose controller is missing is refused by name; killing and
 //! waiting for emptiness work without any controller.
 
-use std::collections::HashSet;
+mod limits;
+mod stats;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use coracle_agent_api::{ApiError, ErrorKind, ProcessId, Resources};
+use coracle_agent_api::{ProcessId, Resources};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{CWD, Mode, OFlags};
 
-use crate::error::{AtStep, Result, invalid};
+use crate::error::{AtStep, Result};
+use limits::{File, Limits};
 
 /// How long processes may take to stand still: one that waits for a disk does so only when the disk has answered.
 const FREEZE_TIME: Duration = Duration::from_secs(10);
@@ -20,7 +23,7 @@ const WANTED: [&str; 5] = ["cpu", "memory", "pids", "io", "cpuset"];
 /// The parent of all containers' groups.
 pub(crate) struct Cgroups {
     directory: PathBuf,
-    controllers: HashSet<String>,
+    limits: Limits,
 }
 
 impl Cgroups {
@@ -35,12 +38,12 @@ impl Cgroups {
         enable(&directory)?;
         let text = std::fs::read_to_string(directory.join("cgroup.subtree_control"))?;
         let controllers = text.split_whitespace().map(str::to_owned).collect();
-        Ok(Self { directory, controllers })
+        Ok(Self { directory, limits: Limits { controllers, root: mount.to_owned() } })
     }
 
     /// Makes a container's group with its limits.
     pub(crate) fn create(&self, id: &ProcessId, resources: &Resources) -> Result<Cgroup> {
-        let files = self.files(resources)?;
+        let files = self.limits.files(resources)?;
         let path = self.directory.join(id.as_str());
         match std::fs::create_dir(&path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -51,44 +54,16 @@ impl Cgroups {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::openat(CWD, &path, flags, Mode::empty()).at("open the cgroup")?;
         let group = Cgroup { path, directory };
-        for (file, value) in files {
-            let file_path = group.path.join(file);
-            if file == "memory.swap.max" && !file_path.exists() {
-                // The kernel has no swap at all, so that every limit of it is kept.
-                continue;
-            }
-            if let Err(error) = std::fs::write(file_path, &value) {
-                let _ = std::fs::remove_dir(&group.path);
-                return Err(error).at(format!("write `{value}` to {file}"));
-            }
+        if let Err(error) = group.write(&files) {
+            let _ = std::fs::remove_dir(&group.path);
+            return Err(error);
         }
         Ok(group)
     }
 
-    fn files(&self, resources: &Resources) -> Result<Vec<(&'static str, String)>> {
-        let mut files = Vec::new();
-        let mut limit = |controller: &str, file, value: Option<String>| -> Result<(), ApiError> {
-            let Some(value) = value else { return Ok(()) };
-            if !self.controllers.contains(controller) {
-                let message =
-                    format!("{file} cannot be set: there is no cgroup controller `{controller}` here");
-                return Err(ApiError::new(ErrorKind::Unsupported, message));
-            }
-            files.push((file, value));
-            Ok(())
-        };
-        limit("memory", "memory.max", resources.memory.map(|bytes| bytes.to_string()))?;
-        limit("memory", "memory.low", resources.memory_reservation.map(|bytes| bytes.to_string()))?;
-        limit("memory", "memory.swap.max", resources.memory_swap.map(|bytes| bytes.to_string()))?;
-        limit("cpu", "cpu.max", cpu_max(resources)?)?;
-        limit(
-            "cpu",
-            "cpu.weight",
-            resources.cpu_shares.map(cpu_weight).transpose()?.map(|weight| weight.to_string()),
-        )?;
-        limit("cpuset", "cpuset.cpus", resources.cpuset_cpus.clone())?;
-        limit("pids", "pids.max", resources.pids.map(|pids| pids.to_string()))?;
-        Ok(files)
+    /// Changes those limits of a container that are set.
+    pub(crate) fn change(&self, group: &Cgroup, resources: &Resources) -> Result<()> {
+        group.write(&self.limits.files(resources)?)
     }
 
     /// Kills everything in all groups, and removes them with the parent. Blocks until all are empty.
@@ -101,30 +76,6 @@ impl Cgroups {
             let _ = std::fs::remove_dir(entry.path());
         }
         let _ = std::fs::remove_dir(&self.directory);
-    }
-}
-
-fn cpu_max(resources: &Resources) -> Result<Option<String>> {
-    const PERIODS: std::ops::RangeInclusive<u64> = 1_000..=1_000_000;
-    let period = resources.cpu_period.unwrap_or(100_000);
-    if !PERIODS.contains(&period) {
-        return Err(invalid(format!("a CPU period of {period} µs is not between 1000 and 1000000")));
-    }
-    Ok(match (resources.cpu_quota, resources.cpu_period) {
-        (None, None) => None,
-        (None, Some(_)) => Some(format!("max {period}")),
-        (Some(quota), _) if quota < 1_000 => {
-            return Err(invalid(format!("a CPU quota of {quota} µs is less than 1000")));
-        }
-        (Some(quota), _) => Some(format!("{quota} {period}")),
-    })
-}
-
-/// Docker's shares as a weight, as the OCI runtimes convert them.
-fn cpu_weight(shares: u64) -> Result<u64> {
-    match shares {
-        2..=262_144 => Ok(1 + (shares - 2) * 9999 / 262_142),
-        _ => Err(invalid(format!("{shares} CPU shares are not between 2 and 262144"))),
     }
 }
 
@@ -150,6 +101,18 @@ impl Cgroup {
     /// The directory, for CLONE_INTO_CGROUP.
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
+    }
+
+    fn write(&self, files: &[File]) -> Result<()> {
+        for File { name, value } in files {
+            let path = self.path.join(name);
+            if name.starts_with("memory.swap") && !path.exists() {
+                // The kernel has no swap at all, so that every limit of it is kept.
+                continue;
+            }
+            std::fs::write(path, value).at(format!("write `{value}` to {name}"))?;
+        }
+        Ok(())
     }
 
     /// How often the kernel killed a process in it for want of memory.
@@ -214,28 +177,5 @@ fn wait_for_event(group: &Path, wanted: &str, limit: Option<Duration>) -> io::Re
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_become_weights_as_oci_runtimes_convert_them() {
-        for (shares, weight) in [(2, 1), (1024, 39), (262_144, 10_000)] {
-            assert_eq!(cpu_weight(shares).unwrap(), weight);
-        }
-        assert!(cpu_weight(1).is_err());
-    }
-
-    #[test]
-    fn a_limit_without_its_controller_is_refused_by_name() {
-        let cgroups = Cgroups { directory: PathBuf::new(), controllers: HashSet::from(["pids".to_owned()]) };
-        let error = cgroups.files(&Resources { memory: Some(1), ..Resources::default() }).unwrap_err();
-        assert_eq!(error.kind, ErrorKind::Unsupported);
-        assert!(error.message.contains("`memory`"), "{}", error.message);
-        let files = cgroups.files(&Resources { pids: Some(9), ..Resources::default() }).unwrap();
-        assert_eq!(files, [("pids.max", "9".to_owned())]);
     }
 }
