@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use coracle_engine::{
-    Engine, EngineConfig,
+    Engine, EngineConfig, RegistrySource,
     sandbox::{Sandbox, SandboxId, process::ProcessSandbox},
 };
 use coracle_image_store::ImageStore;
@@ -20,8 +20,12 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let factory = move |id: &SandboxId| -> Arc<dyn Sandbox> {
         Arc::new(ProcessSandbox::new(id.clone(), &agent, &folder.join(id.as_str())))
     };
-    let config =
-        EngineConfig { home: home.clone(), version: "0.0.0-example".to_owned(), git_commit: String::new() };
+    let config = EngineConfig {
+        home: home.clone(),
+        version: "0.0.0-example".to_owned(),
+        git_commit: String::new(),
+        registries: RegistrySource::default(),
+    };
     let engine = Engine::new(config, images, Arc::new(factory)).await?;
     let socket = home.join("docker.sock");
     let _ = std::fs::remove_file(&socket);

@@ -11,7 +11,7 @@ use std::{
 };
 
 use coracle_agent_api::{AgentState, ProcessId, ProcessState};
-use coracle_image_store::ImageStore;
+use coracle_image_store::{ImageStore, registry::Registries};
 use futures_util::future::join_all;
 use tokio::sync::{Notify, RwLock, oneshot};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -30,6 +30,7 @@ use crate::{
     events::Events,
     exec::Execs,
     io::{Fanout, Pump},
+    registries::RegistrySource,
     sandbox::{SandboxFactory, SandboxId},
     sandboxes::{Host, Sandboxes},
     store::{Records, Store},
@@ -46,11 +47,14 @@ pub struct EngineConfig {
     pub version: String,
     /// The commit it was built from; may be empty.
     pub git_commit: String,
+    /// How registries are spoken to.
+    pub registries: RegistrySource,
 }
 
 pub(crate) struct Core {
     pub(crate) config: EngineConfig,
     pub(crate) images: Arc<ImageStore>,
+    pub(crate) registries: Registries,
     pub(crate) store: Store,
     pub(crate) sandboxes: Sandboxes,
     pub(crate) events: Events,
@@ -81,6 +85,7 @@ impl Core {
         let (store, records) = opened;
         let core = Arc::new(Self {
             config,
+            registries: Registries::new(Arc::clone(&images)),
             images,
             store,
             sandboxes: Sandboxes::new(sandboxes),

@@ -23,6 +23,10 @@ pub enum Kind {
     Conflict,
     /// There is nothing to do.
     NotModified,
+    /// The user name or the password for a registry is missing or wrong.
+    Unauthorized,
+    /// A registry denies it.
+    Denied,
     /// Coracle cannot do that (yet).
     Unsupported,
     /// The sandbox is not there to do it.
@@ -81,6 +85,8 @@ impl Error {
             Kind::NotFound => StatusCode::NOT_FOUND,
             Kind::Conflict => StatusCode::CONFLICT,
             Kind::NotModified => StatusCode::NOT_MODIFIED,
+            Kind::Unauthorized => StatusCode::UNAUTHORIZED,
+            Kind::Denied => StatusCode::FORBIDDEN,
             Kind::Unsupported => StatusCode::NOT_IMPLEMENTED,
             Kind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Kind::Internal => StatusCode::INTERNAL_SERVER_ERROR,

@@ -29,7 +29,7 @@ fn a_container_runs_and_its_exit_code_is_the_clients() {
     let missing = daemon.fails(125, &["run", "--rm", "nosuchimage", "true"]);
     assert!(
         missing.contains("Unable to find image 'nosuchimage:latest' locally")
-            && missing.contains("docker load"),
+            && missing.contains("registry-1.docker.io"),
         "{missing}"
     );
     assert_eq!(daemon.ok(&["ps", "-aq"]), "");

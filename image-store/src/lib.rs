@@ -1,4 +1,4 @@
-//! Image archives, manifests and layers: a content-addressed store that needs no VM, no root and no Linux.
+//! Image archives, registries, manifests and layers: a content-addressed store that needs no VM, no root and no Linux.
 //!
 //! [`ImageStore::load`] reads what `docker save` and its kin write, converts each layer to an EROFS image while it
 //! streams by, and keeps it under its digest. Archives are untrusted; what is in the store was verified. A crash at any
@@ -29,6 +29,7 @@ mod layer;
 mod pipeline;
 mod recipe;
 mod reference;
+pub mod registry;
 mod store;
 
 pub use archive::{ArchiveError, LoadProgress};

@@ -11,9 +11,12 @@ pub(crate) mod load;
 pub(crate) mod logs;
 pub mod private;
 pub(crate) mod prune;
+pub(crate) mod pull;
+pub(crate) mod registry;
 pub(crate) mod stats;
 pub(crate) mod system;
 pub(crate) mod top;
+mod transfer;
 pub(crate) mod update;
 pub(crate) mod wait;
 

@@ -86,6 +86,7 @@ pub(crate) async fn info(request: &Request) -> Result<Response> {
     let uname = rustix::system::uname();
     let memory = rustix::system::sysinfo();
     let total = u64::from(memory.mem_unit).saturating_mul(memory.totalram);
+    let registries = super::registry::config(&core.config.registries.load()?);
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     Ok(body::ok(&json!({
         "ID": "",
@@ -121,7 +122,7 @@ pub(crate) async fn info(request: &Request) -> Result<Response> {
         "OSType": "linux",
         "Architecture": std::env::consts::ARCH,
         "IndexServerAddress": "https://index.docker.io/v1/",
-        "RegistryConfig": null,
+        "RegistryConfig": registries,
         "NCPU": cpus,
         "MemTotal": total,
         "GenericResources": null,
@@ -167,4 +168,9 @@ pub(crate) async fn disk_usage(request: &Request) -> Result<Response> {
             "BuildCache": [],
         }),
     ))
+}
+
+/// `POST /build/prune`: nothing is kept of builds, so there is nothing to free.
+pub(crate) fn prune_build_cache() -> Response {
+    body::ok(&json!({ "CachesDeleted": [], "SpaceReclaimed": 0 }))
 }

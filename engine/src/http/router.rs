@@ -3,8 +3,8 @@
 use super::{Request, Response};
 use crate::{
     api::{
-        attach, containers, create, events, exec, images, load, logs, private, prune, stats, system, top,
-        update, wait,
+        attach, containers, create, events, exec, images, load, logs, private, prune, pull, registry, stats,
+        system, top, update, wait,
     },
     error::{Error, Result},
 };
@@ -35,7 +35,12 @@ pub(super) async fn route(request: Request) -> Result<Response> {
         ("POST", ["images", "create"]) if request.query.get("fromSrc").is_some() => {
             images::import::import(request).await
         }
-        ("POST", ["images", "create"]) => Err(images::no_pull(&request)),
+        ("POST", ["images", "create"]) => pull::create(request).await,
+        ("GET", ["images", "search"]) => registry::search(&request).await,
+        ("POST", ["auth"]) => registry::log_in(request).await,
+        ("GET", ["distribution", name @ .., "json"]) if !name.is_empty() => {
+            registry::distribution(&request, &name.join("/")).await
+        }
         ("GET", ["images", name @ .., "json"]) if !name.is_empty() => {
             images::inspect(&request, &name.join("/")).await
         }
@@ -74,6 +79,8 @@ pub(super) async fn route(request: Request) -> Result<Response> {
         ("GET", ["exec", id, "json"]) => exec::inspect(&request, id),
         ("POST", ["exec", id, "resize"]) => exec::resize(&request, id).await,
 
+        ("POST", ["build", "prune"]) => Ok(system::prune_build_cache()),
+
         ("GET", ["coracle", "status"]) => private::status(&request).await,
         ("GET", ["coracle", "timings", container]) => private::timings(&request, container),
         ("GET", ["coracle", "vm", "kmsg"]) => private::kmsg(&request).await,
@@ -99,16 +106,12 @@ fn missing(method: &str, path: &[&str]) -> Error {
             "swarm mode is not supported by Coracle: run containers one by one or with Compose"
         }
         (_, ["plugins", ..]) => "plugins are not supported by Coracle",
-        ("POST", ["auth"]) | ("GET", ["distribution", ..]) | ("GET", ["images", "search"]) => {
-            "registries are not supported by Coracle yet: use `docker load`"
-        }
         ("POST", ["images", .., "push"]) => {
             "pushing is not supported by Coracle yet: use another tool to copy images to a registry"
         }
         ("POST", ["commit"]) => {
             "committing containers is not supported by Coracle yet: build an image elsewhere and use `docker load`"
         }
-        ("POST", ["build", "prune"]) => "there is no build cache to prune in Coracle yet",
         ("GET", ["containers", _, "changes"]) => "listing changed files is not supported by Coracle yet",
         ("GET", ["containers", _, "export"]) => {
             "exporting containers is not supported by Coracle yet: use `docker exec CONTAINER tar`"

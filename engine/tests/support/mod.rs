@@ -2,20 +2,25 @@
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub(crate) mod registry;
+
 use std::{
     io::Write,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock},
     thread,
     time::{Duration, Instant},
 };
 
 use coracle_engine::{
-    Engine, EngineConfig, ServeEnd,
+    Engine, EngineConfig, RegistrySource, ServeEnd,
     sandbox::{Sandbox, SandboxId, process::ProcessSandbox},
 };
-use coracle_image_store::ImageStore;
+use coracle_image_store::{
+    ImageStore,
+    registry::{Proxies, RegistrySettings, Retries},
+};
 use tokio::sync::oneshot;
 
 /// The agent's program, built once.
@@ -42,6 +47,8 @@ pub(crate) fn agent_program() -> &'static Path {
 pub(crate) struct Machine {
     pub(crate) home: tempfile::TempDir,
     small_disk: bool,
+    /// How its engines speak to registries; nothing leaves this machine.
+    pub(crate) registries: Mutex<RegistrySettings>,
 }
 
 /// A running engine.
@@ -53,7 +60,8 @@ pub(crate) struct Daemon {
 
 impl Machine {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { home: tempfile::tempdir().unwrap(), small_disk: false })
+        let home = tempfile::tempdir().unwrap();
+        Arc::new(Self { home, small_disk: false, registries: Mutex::new(no_way_out()) })
     }
 
     /// With a disk of its own of this many MiB.
@@ -63,7 +71,7 @@ impl Machine {
         let mounted =
             Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(home.path()).status();
         assert!(mounted.unwrap().success(), "these tests mount a small disk, so they must run as root");
-        Arc::new(Self { home, small_disk: true })
+        Arc::new(Self { home, small_disk: true, registries: Mutex::new(no_way_out()) })
     }
 
     fn agent_pid(&self) -> Option<String> {
@@ -106,6 +114,7 @@ impl Daemon {
         let (ready, is_ready) = std::sync::mpsc::channel();
         let home = machine.home.path().to_owned();
         let agent = agent_program();
+        let settings = Arc::clone(machine);
         let thread = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
             runtime.block_on(async move {
@@ -118,6 +127,7 @@ impl Daemon {
                     home: home.clone(),
                     version: "0.0.0-test".to_owned(),
                     git_commit: String::new(),
+                    registries: RegistrySource::new(move || Ok(settings.registries.lock().unwrap().clone())),
                 };
                 let engine = Engine::new(config, images, Arc::new(factory)).await.unwrap();
                 let socket = home.join("docker.sock");
@@ -240,8 +250,16 @@ pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// A docker archive of Debian's static busybox, made with GNU tar.
-fn busybox_archive(folder: &Path) -> PathBuf {
+/// Settings for registries that lead to loopback only: all else is behind a proxy that is not there.
+fn no_way_out() -> RegistrySettings {
+    let nowhere = || "http://127.0.0.1:9".to_owned();
+    let retries = Retries { attempts: 3, delay: Duration::from_millis(20), ..Retries::default() };
+    let proxies = Proxies::Fixed { http: nowhere(), https: nowhere(), no: String::new() };
+    RegistrySettings { proxies, retries, ..RegistrySettings::default() }
+}
+
+/// A root file system with Debian's static busybox.
+fn busybox_rootfs(folder: &Path) -> PathBuf {
     let root = folder.join("rootfs");
     for name in ["bin", "etc", "root", "tmp"] {
         std::fs::create_dir_all(root.join(name)).unwrap();
@@ -259,6 +277,12 @@ fn busybox_archive(folder: &Path) -> PathBuf {
     )
     .unwrap();
     std::fs::write(root.join("etc/group"), "root:x:0:\nsailor:x:1000:\n").unwrap();
+    root
+}
+
+/// A docker archive of busybox, made with GNU tar.
+fn busybox_archive(folder: &Path) -> PathBuf {
+    let root = busybox_rootfs(folder);
     let image = folder.join("image");
     std::fs::create_dir_all(&image).unwrap();
     tar(&image.join("layer.tar"), &root);

@@ -7,6 +7,7 @@ mod syntax;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::str::FromStr;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -188,6 +189,29 @@ impl Platform {
         Self { os: "linux".to_owned(), architecture: architecture.to_owned(), variant: None }
     }
 
+    /// How well an image for `offered` serves where this platform is asked for, 0 being best; `None` if not at all. A
+    /// processor runs what was made for an older variant of itself.
+    pub(crate) fn accepts(&self, offered: &Self) -> Option<u8> {
+        if (&self.os, &self.architecture) != (&offered.os, &offered.architecture) {
+            return None;
+        }
+        let (wanted, offered) = (self.variant_number()?, offered.variant_number()?);
+        wanted.checked_sub(offered)
+    }
+
+    /// The variant as a number; what is usual for the architecture if none is said.
+    fn variant_number(&self) -> Option<u8> {
+        let usual = match self.architecture.as_str() {
+            "arm64" => 8,
+            "arm" => 7,
+            _ => 1,
+        };
+        match self.variant.as_deref().filter(|variant| !variant.is_empty()) {
+            None => Some(usual),
+            Some(variant) => variant.strip_prefix('v')?.split('.').next()?.parse().ok(),
+        }
+    }
+
     /// Whether this machine's containers can run it.
     pub fn runs_on_host(&self) -> bool {
         let host = Self::host();
@@ -200,6 +224,51 @@ impl fmt::Display for Platform {
         write!(f, "{}/{}", self.os, self.architecture)?;
         self.variant.as_ref().map_or(Ok(()), |variant| write!(f, "/{variant}"))
     }
+}
+
+/// Why a text is no platform.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no platform of the form OS/ARCHITECTURE[/VARIANT], for example linux/amd64")]
+pub struct InvalidPlatform(String);
+
+/// As people write it: `linux/arm64/v8`, `linux/amd64`, or the architecture alone. Other names of architectures count.
+impl FromStr for Platform {
+    type Err = InvalidPlatform;
+
+    fn from_str(text: &str) -> Result<Self, InvalidPlatform> {
+        let invalid = || InvalidPlatform(text.chars().take(80).collect());
+        let is_word = |word: &str| {
+            !word.is_empty()
+                && word.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+        };
+        let parts: Vec<String> = text.split('/').map(str::to_ascii_lowercase).collect();
+        if !parts.iter().all(|part| is_word(part)) {
+            return Err(invalid());
+        }
+        let (os, architecture, variant) = match parts.as_slice() {
+            [one] if is_os(one) => (one.clone(), Self::host().architecture, None),
+            [architecture] => ("linux".to_owned(), architecture.clone(), None),
+            [os, architecture] => (os.clone(), architecture.clone(), None),
+            [os, architecture, variant] => (os.clone(), architecture.clone(), Some(variant.clone())),
+            _ => return Err(invalid()),
+        };
+        let (architecture, variant) = match (architecture.as_str(), variant) {
+            ("x86_64" | "x86-64", variant) => ("amd64".to_owned(), variant),
+            ("i386" | "i686", _) => ("386".to_owned(), None),
+            ("aarch64", variant) => ("arm64".to_owned(), variant),
+            ("armhf", _) => ("arm".to_owned(), Some("v7".to_owned())),
+            ("armel", _) => ("arm".to_owned(), Some("v6".to_owned())),
+            (_, variant) => (architecture, variant),
+        };
+        Ok(Self { os, architecture, variant })
+    }
+}
+
+fn is_os(word: &str) -> bool {
+    matches!(
+        word,
+        "linux" | "windows" | "darwin" | "freebsd" | "netbsd" | "openbsd" | "solaris" | "aix" | "plan9"
+    )
 }
 
 /// `null` is the default.
@@ -262,6 +331,24 @@ mod tests {
         assert_eq!(config.created.unwrap().subsec_nanosecond(), 6);
         let again = serde_json::to_vec(&config).unwrap();
         assert_eq!(ImageConfig::parse(&again).unwrap(), config);
+    }
+
+    #[test]
+    fn platforms_are_read_as_people_write_them() {
+        for (text, platform) in [
+            ("linux/amd64", "linux/amd64"),
+            ("Linux/ARM64/v8", "linux/arm64/v8"),
+            ("x86_64", "linux/amd64"),
+            ("linux/armhf", "linux/arm/v7"),
+            ("windows/amd64", "windows/amd64"),
+        ] {
+            assert_eq!(text.parse::<Platform>().unwrap().to_string(), platform);
+        }
+        for bad in ["", "/", "linux/", "a/b/c/d", "linux/am d64", "../x"] {
+            assert!(bad.parse::<Platform>().is_err(), "{bad}");
+        }
+        let host = Platform { os: "linux".to_owned(), ..Platform::host() };
+        assert_eq!("linux".parse(), Ok(host));
     }
 
     #[test]

@@ -16,6 +16,10 @@ impl Pins {
     pub(super) fn holds(&self, layer: &Digest) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).contains_key(layer)
     }
+
+    pub(super) fn add(&self, layer: &Digest) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(*layer).or_default() += 1;
+    }
 }
 
 /// Keeps layers' files as long as it lives.
@@ -37,10 +41,17 @@ impl ImageStore {
 
 impl Drop for PinnedLayers<'_> {
     fn drop(&mut self) {
-        let _changes = self.store.lock();
-        let mut pins = self.store.pins.0.lock().unwrap_or_else(PoisonError::into_inner);
+        self.store.unpin(&self.layers);
+    }
+}
+
+impl ImageStore {
+    /// Takes one pin of each away; the files of those that nobody needs then go.
+    pub(super) fn unpin(&self, layers: &[Digest]) {
+        let _changes = self.lock();
+        let mut pins = self.pins.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut free = Vec::new();
-        for layer in &self.layers {
+        for layer in layers {
             let Some(count) = pins.get_mut(layer) else { continue };
             *count -= 1;
             if *count == 0 {
@@ -52,11 +63,11 @@ impl Drop for PinnedLayers<'_> {
         if free.is_empty() {
             return;
         }
-        match self.store.db.references() {
+        match self.db.references() {
             Ok(references) => free
                 .iter()
                 .filter(|layer| !references.layers.contains(layer))
-                .for_each(|layer| self.store.files.remove_layer(layer)),
+                .for_each(|layer| self.files.remove_layer(layer)),
             // They are found at the next start.
             Err(error) => warn!(%error, "cannot tell whether layers are still needed"),
         }

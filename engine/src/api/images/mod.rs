@@ -157,17 +157,3 @@ pub(crate) async fn forget_removed(core: &Core) {
         tracing::warn!(%error, "cannot forget removed images");
     }
 }
-
-/// The error for pulling, which `docker run` shows when an image is not there.
-pub(crate) fn no_pull(request: &Request) -> Error {
-    let name = request.query.get("fromImage").unwrap_or("the image");
-    let tag = request
-        .query
-        .get("tag")
-        .map(|tag| format!("{}{tag}", if tag.contains(':') { "@" } else { ":" }))
-        .unwrap_or_default();
-    let shown: String = format!("{name}{tag}").chars().take(200).collect();
-    Error::unsupported(format!(
-        "cannot pull {shown}: pulling is not supported by Coracle yet; make an archive of the image, for example with `skopeo copy docker://{shown} docker-archive:image.tar:{shown}`, and load it with `docker load -i image.tar`"
-    ))
-}
