@@ -103,6 +103,13 @@ pub(crate) struct UpArgs {
     /// Size of the data disk, for example 100g; at first 64g; it takes the room that is used, and can only grow
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) disk: Option<u64>,
+    /// Registries (HOST[:PORT] or NETWORK/BITS) whose certificate is not checked and that may speak plain HTTP; replaces
+    /// those of before, and an empty value removes them
+    #[arg(long, value_name = "REGISTRY")]
+    pub(crate) insecure_registry: Vec<String>,
+    /// Registries, by URL, to be asked before Docker Hub; replaces those of before, and an empty value removes them
+    #[arg(long, value_name = "URL", value_parser = mirror)]
+    pub(crate) registry_mirror: Vec<String>,
     /// Make no docker context
     #[arg(long)]
     pub(crate) no_context: bool,
@@ -341,6 +348,14 @@ pub(crate) struct BundleArgs {
     /// The executable to put them into; without it, this one
     #[arg(long)]
     pub(crate) base: Option<PathBuf>,
+}
+
+/// A mirror on the command line.
+fn mirror(text: &str) -> Result<String, String> {
+    if !text.is_empty() {
+        coracle_image_store::registry::check_mirror(text).map_err(|error| error.to_string())?;
+    }
+    Ok(text.to_owned())
 }
 
 /// A size on the command line.

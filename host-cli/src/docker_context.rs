@@ -24,7 +24,7 @@ pub(crate) fn create(docker_host: &str) -> Result<()> {
 }
 
 /// `DOCKER_CONFIG`, or `~/.docker`; nothing where there is no home.
-fn config_folder() -> Option<PathBuf> {
+pub(crate) fn config_folder() -> Option<PathBuf> {
     let named = std::env::var_os("DOCKER_CONFIG").filter(|folder| !folder.is_empty()).map(PathBuf::from);
     let home = std::env::var_os("HOME").filter(|folder| !folder.is_empty()).map(PathBuf::from);
     named.or_else(|| home.map(|home| home.join(".docker")))

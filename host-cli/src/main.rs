@@ -14,6 +14,7 @@ mod failure;
 mod files;
 mod paths;
 mod progress;
+mod registries;
 mod settings;
 mod table;
 mod terminal;

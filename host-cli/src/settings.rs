@@ -1,6 +1,7 @@
-//! The size of the virtual machine: what the person chose with `coracle up`, and defaults that suit the host.
+//! What the person chose with `coracle up`: the size of the virtual machine, with defaults that suit the host, and how
+//! registries are spoken to.
 //!
-//! They are kept in `config.json` in the state directory and read each time that the machine starts.
+//! It is kept in `config.json` in the state directory, and read each time that the machine starts or a registry is asked.
 
 use std::{fs, io, num::NonZeroUsize, path::Path, thread};
 
@@ -25,8 +26,8 @@ const MIN_DISK: u64 = GIB;
 const MAX_DISK: u64 = 16 << 40;
 
 /// What the person chose; `None` is the default.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub(crate) struct Settings {
     /// Processors.
     pub(crate) cpus: Option<u32>,
@@ -34,6 +35,12 @@ pub(crate) struct Settings {
     pub(crate) memory: Option<u64>,
     /// Size of the data disk in bytes.
     pub(crate) disk: Option<u64>,
+    /// Registries without a checked certificate, by Docker's name for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) insecure_registries: Option<Vec<String>>,
+    /// Registries that are asked before Docker Hub, by Docker's name for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) registry_mirrors: Option<Vec<String>>,
 }
 
 /// A machine's size, complete and within limits.
@@ -68,7 +75,14 @@ impl Settings {
             cpus: newer.cpus.or(self.cpus),
             memory: newer.memory.or(self.memory),
             disk: newer.disk.or(self.disk),
+            insecure_registries: newer.insecure_registries.or(self.insecure_registries),
+            registry_mirrors: newer.registry_mirrors.or(self.registry_mirrors),
         }
+    }
+
+    /// Whether they say anything of the machine's size.
+    pub(crate) fn has_size(&self) -> bool {
+        self.cpus.is_some() || self.memory.is_some() || self.disk.is_some()
     }
 
     /// A complete size for this host.
@@ -143,7 +157,13 @@ mod tests {
         let first = Settings { cpus: Some(2), disk: Some(GIB), ..Settings::default() };
         first.save(&path).unwrap();
         let merged = Settings::load(&path).unwrap().merged(Settings { cpus: Some(3), ..Settings::default() });
-        assert_eq!(merged, Settings { cpus: Some(3), disk: Some(GIB), memory: None });
+        assert_eq!(merged, Settings { cpus: Some(3), disk: Some(GIB), ..Settings::default() });
+        fs::write(&path, r#"{"insecure-registries":["a:5000"],"registry-mirrors":["https://m"]}"#).unwrap();
+        let read = Settings::load(&path)
+            .unwrap()
+            .merged(Settings { registry_mirrors: Some(Vec::new()), ..Settings::default() });
+        assert_eq!(read.insecure_registries.as_deref(), Some(&["a:5000".to_owned()][..]));
+        assert_eq!(read.registry_mirrors, Some(Vec::new()));
         fs::write(&path, r#"{"cpu":3}"#).unwrap();
         assert!(Settings::load(&path).is_err());
     }

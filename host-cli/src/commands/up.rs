@@ -24,12 +24,19 @@ const END_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Starts the daemon, makes the docker context, says how to use it.
 pub(super) async fn up(home: &Home, args: &UpArgs) -> Outcome {
-    let wanted = Settings { cpus: args.cpus.map(u32::from), memory: args.memory, disk: args.disk };
+    let wanted = Settings {
+        cpus: args.cpus.map(u32::from),
+        memory: args.memory,
+        disk: args.disk,
+        insecure_registries: list(&args.insecure_registry),
+        registry_mirrors: list(&args.registry_mirror),
+    };
+    let has_size = wanted.has_size();
     if wanted != Settings::default() {
-        choose(home, wanted)?;
+        choose(home, &wanted)?;
     }
     let docker = client::connect(home).await?;
-    if wanted != Settings::default() && super::status::vm_runs(&docker).await? {
+    if has_size && super::status::vm_runs(&docker).await? {
         terminal::complain(
             "coracle: the virtual machine runs already: its new size counts from its next start (`coracle down`, then `coracle up`)\n",
         );
@@ -41,10 +48,15 @@ pub(super) async fn up(home: &Home, args: &UpArgs) -> Outcome {
     Ok(0)
 }
 
-/// Keeps the size that was chosen, if a machine of that size is possible.
-fn choose(home: &Home, wanted: Settings) -> Result<(), Failure> {
+/// A list that was given; an empty value empties it.
+fn list(values: &[String]) -> Option<Vec<String>> {
+    (!values.is_empty()).then(|| values.iter().filter(|value| !value.is_empty()).cloned().collect())
+}
+
+/// Keeps what was chosen, if a machine of that size is possible.
+fn choose(home: &Home, wanted: &Settings) -> Result<(), Failure> {
     home.create()?;
-    let settings = Settings::load(&home.settings())?.merged(wanted);
+    let settings = Settings::load(&home.settings())?.merged(wanted.clone());
     let size = settings.machine_size()?;
     let disk = vm::Folder::new(home.vms().join("default")).data_disk();
     if let Some(there) = vm::disk_size(&disk).filter(|there| wanted.disk.is_some() && *there > size.disk) {

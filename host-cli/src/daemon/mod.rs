@@ -20,6 +20,7 @@ use crate::{
     args::DaemonArgs,
     failure::{Outcome, describe},
     paths::Home,
+    registries,
 };
 use lock::Lock;
 
@@ -108,6 +109,7 @@ async fn prepare(home: &Home) -> Result<(Engine, UnixListener)> {
         home: home.root().to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         git_commit: option_env!("CORACLE_GIT_COMMIT").unwrap_or_default().to_owned(),
+        registries: registries::source(home),
     };
     let engine =
         Engine::new(config, Arc::new(images), sandboxes(home)?).await.context("cannot start the engine")?;

@@ -215,20 +215,6 @@ pub(super) fn choose<'a>(
     best.map(|(_, entry)| entry).ok_or_else(|| RegistryError::NoPlatform(wanted.clone()))
 }
 
-/// A manifest as it is pushed: Docker's, schema 2.
-pub(super) fn render(config: &Descriptor, layers: &[Descriptor]) -> Vec<u8> {
-    #[derive(Serialize)]
-    #[serde(rename_all = "camelCase")]
-    struct Rendered<'a> {
-        schema_version: u8,
-        media_type: &'static str,
-        config: &'a Descriptor,
-        layers: &'a [Descriptor],
-    }
-    let rendered = Rendered { schema_version: 2, media_type: DOCKER_MANIFEST, config, layers };
-    serde_json::to_vec_pretty(&rendered).expect("descriptors have no maps with odd keys")
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
