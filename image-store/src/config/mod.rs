@@ -238,7 +238,7 @@ impl FromStr for Platform {
     fn from_str(text: &str) -> Result<Self, InvalidPlatform> {
         let invalid = || InvalidPlatform(text.chars().take(80).collect());
         let is_word = |word: &str| {
-            !word.is_empty()
+            word.starts_with(|first: char| first.is_ascii_alphanumeric())
                 && word.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
         };
         let parts: Vec<String> = text.split('/').map(str::to_ascii_lowercase).collect();
