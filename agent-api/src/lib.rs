@@ -14,6 +14,7 @@
 //! | `GET /v1/containers/{id}/stats` | → [`Stats`] | what a running container has used so far |
 //! | `GET /v1/containers/{id}/processes` | → [`Processes`] | the processes of a running container |
 //! | `DELETE /v1/containers/{id}` | → 204 | removes a stopped container's writable layer |
+//! | `POST /v1/containers/{id}/files` | [`files::FilesRequest`], upgrade to [`files::FILES_PROTOCOL`] | reads, writes, compares the files of a container, whether or not it runs; see [`files`] |
 //! | `POST /v1/containers/retain` | [`Retain`] → 204 | removes the writable layer of every container that is not named |
 //! | `DELETE /v1/layers/{diff_id}` | → 204 | unmounts a layer that no running container uses and gives its partition back |
 //! | `POST /v1/execs/{id}` | [`ExecSpec`] → [`Started`] | starts a further process in a running container |
@@ -31,6 +32,7 @@
 //! When the agent is ready it dials the host (vsock CID 2, port [`READY_PORT`]) and writes one line of JSON, a
 //! [`Hello`]. The connection stays open for as long as the agent lives.
 
+pub mod files;
 pub mod frame;
 mod id;
 mod seccomp;
@@ -41,7 +43,7 @@ pub use seccomp::*;
 pub use types::*;
 
 /// Version of this API; both ends must have the same.
-pub const API_VERSION: u32 = 2;
+pub const API_VERSION: u32 = 3;
 /// Port on the host (vsock CID 2) that the agent dials when it is ready.
 pub const READY_PORT: u32 = 1024;
 /// Port in the guest on which the agent serves this API.

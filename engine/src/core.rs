@@ -10,8 +10,8 @@ use std::{
     time::Duration,
 };
 
-use coracle_agent_api::{AgentState, ProcessId, ProcessState};
-use coracle_image_store::{ImageStore, registry::Registries};
+use coracle_agent_api::{AgentState, DiffId, ProcessId, ProcessState};
+use coracle_image_store::{ImageId, ImageStore, registry::Registries};
 use futures_util::future::join_all;
 use tokio::sync::{Notify, RwLock, oneshot};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -32,7 +32,7 @@ use crate::{
     io::{Fanout, Pump},
     registries::RegistrySource,
     sandbox::{SandboxFactory, SandboxId},
-    sandboxes::{Host, Sandboxes},
+    sandboxes::{Host, LayerFile, Sandboxes},
     store::{Records, Store},
     time::UnixNanos,
     timings::Timings,
@@ -126,6 +126,18 @@ impl Core {
     /// Makes sure that a sandbox runs.
     pub(crate) async fn start_sandbox(&self, host: &Host) -> Result<()> {
         host.start(|| self.containers_in(host.id())).await.map(drop)
+    }
+
+    /// The files of an image's layers, lowest first.
+    pub(crate) async fn image_layers(&self, image: &ImageId) -> Result<Vec<LayerFile>> {
+        let (images, image) = (Arc::clone(&self.images), *image);
+        let image = tokio::task::spawn_blocking(move || images.image(&image)).await??;
+        let layer = |layer: coracle_image_store::Layer| {
+            let diff_id: DiffId =
+                layer.diff_id.hex().parse().map_err(|error| Error::internal(chain(&error)))?;
+            Ok(LayerFile { diff_id, path: layer.path, len: layer.size })
+        };
+        image.layers.into_iter().map(layer).collect()
     }
 
     fn containers_in(&self, sandbox: &SandboxId) -> Vec<ProcessId> {

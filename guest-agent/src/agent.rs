@@ -1,11 +1,13 @@
 //! The agent itself: what the API's calls do. Starting goes through four stations: prepare (mounts, cgroup, files; blocking
 //! work off the event loop), clone (the fork server), set-up (the new process reports), supervise (a task per process).
 
+mod files;
 mod start;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use coracle_agent_api::{
     AgentState, DiffId, ErrorKind, ExitStatus, ProcessId, ProcessState, Processes, Resources, Retain, Stats,
@@ -43,6 +45,7 @@ pub(crate) struct Agent {
     fork_server: ForkServer,
     processes: Registry,
     containers: Containers,
+    files: files::Helpers,
     layers: Arc<Layers>,
     storage: Arc<Storage>,
     cgroups: Arc<Cgroups>,
@@ -68,13 +71,15 @@ impl Agent {
         let mount_point = paths.mount_point.to_str().ok_or(std::io::ErrorKind::InvalidInput)?.to_owned();
         let reaper = Reaper::default();
         reaper.is_awaited(fork_server.pid());
+        let cgroups = Arc::new(Cgroups::new(&paths.cgroup, &paths.cgroup_name)?);
         Ok(Arc::new(Self {
             fork_server,
             processes: Registry::default(),
             containers: Containers::default(),
+            files: files::Helpers::new(cgroups.create_for_helpers()?),
             layers: Layers::new(paths.layers.clone()),
             storage: Arc::new(Storage::new(&paths.data)?),
-            cgroups: Arc::new(Cgroups::new(&paths.cgroup, &paths.cgroup_name)?),
+            cgroups,
             seccomp: Arc::default(),
             reaper,
             mount_point,
@@ -125,6 +130,7 @@ impl Agent {
             true => return Err(conflict(format!("container {} is running", id.short()))),
             false => self.processes.reserve(id).ok(),
         };
+        self.files.settle(id, Duration::ZERO).await;
         let (storage, owned) = (self.storage.clone(), id.clone());
         let trash = blocking(move || {
             storage.remove(&owned).at_kind(ErrorKind::Internal, "remove the writable layer")
@@ -218,6 +224,7 @@ impl Agent {
             // One that has ended meanwhile is what is wanted.
             let _ = process.signal(libc::SIGKILL as u8);
         }
+        self.files.kill_all();
         for id in self.containers.ids() {
             self.containers.wait_gone(&id).await;
         }
@@ -266,6 +273,8 @@ impl Agent {
     }
 
     async fn give_back(&self, id: ProcessId, holdings: Holdings) {
+        // Whoever copies files from it has its file system mounted.
+        self.files.settle(&id, files::PATIENCE).await;
         let owned = id.clone();
         let _ = tokio::task::spawn_blocking(move || holdings.give_back(&owned)).await;
         self.containers.gone(&id);

@@ -55,7 +55,16 @@ pub(crate) struct Containers {
 
 struct Entry {
     state: State,
-    gone: watch::Sender<bool>,
+    phase: watch::Sender<Phase>,
+}
+
+/// Where a container is, for those who wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Starting,
+    Running,
+    Ended,
+    Gone,
 }
 
 enum State {
@@ -71,7 +80,7 @@ impl Containers {
 
     /// A container is about to be started; nothing of an earlier run with this id is left.
     pub(crate) fn begin(&self, id: &ProcessId) {
-        let entry = Entry { state: State::Starting, gone: watch::Sender::new(false) };
+        let entry = Entry { state: State::Starting, phase: watch::Sender::new(Phase::Starting) };
         self.map().insert(id.clone(), entry);
     }
 
@@ -79,6 +88,7 @@ impl Containers {
     pub(crate) fn runs(&self, container: Arc<Container>) {
         if let Some(entry) = self.map().get_mut(&container.id) {
             entry.state = State::Running(container);
+            entry.phase.send_replace(Phase::Running);
         }
     }
 
@@ -86,13 +96,14 @@ impl Containers {
     pub(crate) fn ended(&self, id: &ProcessId) {
         if let Some(entry) = self.map().get_mut(id) {
             entry.state = State::Ended;
+            entry.phase.send_replace(Phase::Ended);
         }
     }
 
     /// Nothing is left of it.
     pub(crate) fn gone(&self, id: &ProcessId) {
         if let Some(entry) = self.map().remove(id) {
-            entry.gone.send_replace(true);
+            entry.phase.send_replace(Phase::Gone);
         }
     }
 
@@ -106,18 +117,31 @@ impl Containers {
 
     /// Waits until nothing is left of a container.
     pub(crate) async fn wait_gone(&self, id: &ProcessId) {
-        let receiver = self.map().get(id).map(|entry| entry.gone.subscribe());
+        let receiver = self.map().get(id).map(|entry| entry.phase.subscribe());
         if let Some(mut receiver) = receiver {
-            let _ = receiver.wait_for(|gone| *gone).await;
+            let _ = receiver.wait_for(|phase| *phase == Phase::Gone).await;
+        }
+    }
+
+    /// Waits until a container runs or nothing is left of it: the container if it runs.
+    pub(crate) async fn settled(&self, id: &ProcessId) -> Option<Arc<Container>> {
+        loop {
+            let mut receiver = self.map().get(id)?.phase.subscribe();
+            let settled = receiver.wait_for(|phase| matches!(phase, Phase::Running | Phase::Gone)).await;
+            if settled.is_ok_and(|phase| *phase == Phase::Running)
+                && let Some(container) = self.running(id)
+            {
+                return Some(container);
+            }
         }
     }
 
     /// Waits until nothing is left of any container that has ended by now.
     pub(crate) async fn wait_ended_gone(&self) {
-        let ended = |entry: &Entry| matches!(entry.state, State::Ended).then(|| entry.gone.subscribe());
+        let ended = |entry: &Entry| matches!(entry.state, State::Ended).then(|| entry.phase.subscribe());
         let ended: Vec<_> = self.map().values().filter_map(ended).collect();
         for mut gone in ended {
-            let _ = gone.wait_for(|gone| *gone).await;
+            let _ = gone.wait_for(|phase| *phase == Phase::Gone).await;
         }
     }
 

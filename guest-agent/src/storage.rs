@@ -63,6 +63,13 @@ impl Storage {
         mounts::new("overlay", &options, MountAttrFlags::MOUNT_ATTR_NODEV).at(step)
     }
 
+    /// A handle to a container's writable layer, which is made if there is none yet.
+    pub(crate) fn open_upper(&self, id: &ProcessId) -> Result<OwnedFd> {
+        let upper = self.directory(id).join("upper");
+        std::fs::create_dir_all(&upper).at("make the writable layer")?;
+        crate::child::open_directory(&upper).at("open the writable layer")
+    }
+
     /// Writes the files that the daemon gives a container; their paths in the same order.
     pub(crate) fn write_files(&self, id: &ProcessId, files: &[InjectedFile]) -> Result<Vec<String>> {
         if files.is_empty() {

@@ -3,6 +3,7 @@
 //! The guest is hostile: answers are limited in size and in time, unknown fields are refused, frames are checked for
 //! their length and their order. What is wrong ends the one call that saw it.
 
+mod files;
 mod output;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ use bytes::Bytes;
 use coracle_agent_api::{
     self as api, AgentState, ContainerSpec, DiffId, ExecSpec, OUTPUT_PROTOCOL, ProcessId, Processes,
     Resources, Retain, STDIN_PROTOCOL, Signal, Started, Stats, TerminalSize,
+    files::{FILES_PROTOCOL, FilesRequest},
 };
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
@@ -21,6 +23,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
+pub(crate) use files::{FilesAnswer, FilesFrame, FilesInput};
 pub(crate) use output::{Frame, OutputStream};
 
 use crate::sandbox::{Sandbox, SandboxError};
@@ -29,6 +32,8 @@ use crate::sandbox::{Sandbox, SandboxError};
 const MAX_ANSWER: usize = 16 * 1024 * 1024;
 /// How long a call may take that has nothing to wait for.
 const CALL_TIME: Duration = Duration::from_secs(30);
+/// How long it may take until work on files begins: a container that is just ending is waited for.
+const FILES_TIME: Duration = Duration::from_secs(60);
 /// How long a start may take: it mounts, and looks users up in files of the image.
 const START_TIME: Duration = Duration::from_secs(120);
 
@@ -146,6 +151,18 @@ impl Agent {
         Ok(OutputStream::new(stream, buffered, after))
     }
 
+    /// Begins work on a container's files.
+    pub(crate) async fn files(
+        &self,
+        id: &ProcessId,
+        request: &FilesRequest,
+    ) -> Result<(FilesAnswer, FilesInput), AgentError> {
+        let path = format!("/v1/containers/{id}/files");
+        let (stream, buffered) =
+            self.upgrade_with(Method::POST, &path, encode(request), FILES_PROTOCOL, FILES_TIME).await?;
+        Ok(files::split(stream, buffered))
+    }
+
     /// A way to a process's standard input.
     pub(crate) async fn stdin(&self, id: &ProcessId) -> Result<UnixStream, AgentError> {
         let (stream, _) = self.upgrade(&format!("/v1/processes/{id}/stdin"), STDIN_PROTOCOL).await?;
@@ -207,8 +224,19 @@ impl Agent {
 
     /// The connection after the switch, and what came with the answer already.
     async fn upgrade(&self, path: &str, protocol: &'static str) -> Result<(UnixStream, Bytes), AgentError> {
+        self.upgrade_with(Method::GET, path, Bytes::new(), protocol, CALL_TIME).await
+    }
+
+    async fn upgrade_with(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+        protocol: &'static str,
+        time: Duration,
+    ) -> Result<(UnixStream, Bytes), AgentError> {
         let exchange = async {
-            let answer = self.send(Method::GET, path, Bytes::new(), Some(protocol)).await?;
+            let answer = self.send(method, path, body, Some(protocol)).await?;
             if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
                 return Err(refused(path, answer).await);
             }
@@ -217,7 +245,7 @@ impl Agent {
             let parts = parts.map_err(|_| nonsense(path, "it did not come over the sandbox's connection"))?;
             Ok((parts.io.into_inner(), parts.read_buf))
         };
-        self.within(CALL_TIME, path, exchange).await
+        self.within(time, path, exchange).await
     }
 
     async fn send(

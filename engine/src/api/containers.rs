@@ -8,16 +8,25 @@ use serde_json::{Map, Value, json};
 
 use super::{list, refuse, to_its_end};
 use crate::{
-    container::{Container, Stop, health::Health, record::Record, signal, state::Status},
+    container::{Container, Stop, files, health::Health, record::Record, signal, state::Status},
     error::{Error, Result},
     exec::not_running,
     http::{Request, Response, body},
     time::or_never,
 };
 
-pub(crate) fn list(request: &Request) -> Result<Response> {
-    refuse(request, "size", "--size")?;
-    Ok(body::ok(&list::select(&request.core, &request.query)?))
+pub(crate) async fn list(request: &Request) -> Result<Response> {
+    let containers = list::select(&request.core, &request.query)?;
+    let with_size = request.query.flag("size");
+    let mut summaries = Vec::with_capacity(containers.len());
+    for container in containers {
+        let mut summary = list::summary(&container);
+        if with_size {
+            list::add_sizes(&request.core, &container, &mut summary).await;
+        }
+        summaries.push(summary);
+    }
+    Ok(body::ok(&summaries))
 }
 
 pub(crate) async fn start(request: &Request, id: &str) -> Result<Response> {
@@ -119,13 +128,14 @@ pub(super) fn terminal_size(request: &Request) -> Result<TerminalSize> {
 
 pub(crate) async fn inspect(request: &Request, id: &str) -> Result<Response> {
     let container = request.core.containers.find(id)?;
-    if request.query.flag("size") {
-        return Err(Error::unsupported(
-            "sizes of containers are not supported by Coracle yet: leave --size out",
-        ));
-    }
     let execs = request.core.execs.of(container.id());
-    Ok(body::ok(&describe(&container, &execs)))
+    let mut description = describe(&container, &execs);
+    if request.query.flag("size") {
+        let (written, all) = files::sizes(&request.core, &container).await?;
+        description["SizeRw"] = json!(written);
+        description["SizeRootFs"] = json!(all);
+    }
+    Ok(body::ok(&description))
 }
 
 fn describe(container: &Arc<Container>, execs: &[String]) -> Value {

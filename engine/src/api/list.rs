@@ -1,9 +1,11 @@
 //! `docker ps`: summaries of containers and their filters.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 
 use crate::{
-    container::{Container, health::HealthStatus, record::Record, state::Status},
+    container::{Container, files, health::HealthStatus, record::Record, state::Status},
     core::Core,
     error::{Error, Result},
     http::{filters::Filters, query::Query},
@@ -16,7 +18,7 @@ const FILTERS: &[&str] = &[
 ];
 
 /// The containers that a query asks for, newest first.
-pub(super) fn select(core: &Core, query: &Query) -> Result<Vec<Value>> {
+pub(super) fn select(core: &Core, query: &Query) -> Result<Vec<Arc<Container>>> {
     let filters = Filters::of(query, FILTERS)?;
     check(&filters)?;
     let limit = query
@@ -35,7 +37,7 @@ pub(super) fn select(core: &Core, query: &Query) -> Result<Vec<Value>> {
             .transpose()
     };
     let (before, since) = (created("before")?, created("since")?);
-    let mut summaries = Vec::new();
+    let mut selected = Vec::new();
     for container in core.containers.all() {
         let record = container.record();
         let fits = (everything || record.state.status.is_active())
@@ -44,13 +46,13 @@ pub(super) fn select(core: &Core, query: &Query) -> Result<Vec<Value>> {
             && matches(&record, &filters)
             && filters.any("health", |wanted| wanted == health_name(&container));
         if fits {
-            summaries.push(summary(&container));
+            selected.push(container);
         }
-        if limit.is_some_and(|limit| summaries.len() >= limit) {
+        if limit.is_some_and(|limit| selected.len() >= limit) {
             break;
         }
     }
-    Ok(summaries)
+    Ok(selected)
 }
 
 /// Filters whose values are from a closed set.
@@ -148,6 +150,17 @@ pub(crate) fn summary(container: &Container) -> Value {
         "NetworkSettings": { "Networks": {} },
         "Mounts": [],
     })
+}
+
+/// Adds a container's sizes, if they can be had: a list is not lost over one of its members.
+pub(crate) async fn add_sizes(core: &Arc<Core>, container: &Container, summary: &mut Value) {
+    match files::sizes(core, container).await {
+        Ok((written, all)) => {
+            summary["SizeRw"] = json!(written);
+            summary["SizeRootFs"] = json!(all);
+        }
+        Err(error) => tracing::warn!(%error, name = container.record().name, "cannot measure a container"),
+    }
 }
 
 fn command_line(record: &Record) -> String {

@@ -1,5 +1,6 @@
 //! The endpoints, by area. Each takes a request apart, asks the engine, and puts Docker's JSON together.
 
+pub(crate) mod archive;
 pub(crate) mod attach;
 pub(crate) mod containers;
 pub(crate) mod create;

@@ -5,6 +5,7 @@
 //! | `GET /coracle/status` | `{"version","pid","started","containers":{"total","running"},"images","sandboxes":[{"id","state","reason","adopted","agent_version","kernel_release","boot":[{"name","micros"}],"guest_boot":[{"name","guest_micros"}],"layers"}]}`; what is not known is `null` |
 //! | `GET /coracle/timings/{container}` | where the time of the newest start went: `{"id","name","unix_nanos","phases":[{"name","micros"}],"agent":[{"name","micros"}]}`; phases are counted from the moment `unix_nanos` at which the create request was read, the agent's from its own reading of the start request; also after the container was removed |
 //! | `POST /coracle/down?t=SECONDS` | 204 when all containers are stopped (each with its own stop timeout, or the one given) and all sandboxes are shut down; the daemon then ends |
+//! | `GET /coracle/containers/{id}/layer` | what the container changed in its image's files: a tar stream with OCI whiteouts |
 //! | `GET /coracle/vm/kmsg?sandbox=NAME&follow=0` | the guest kernel's log as text, from its beginning; without `follow=0` also on as it grows |
 
 use std::sync::Arc;

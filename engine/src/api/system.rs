@@ -157,7 +157,15 @@ pub(crate) async fn disk_usage(request: &Request) -> Result<Response> {
     let total = images(core, coracle_image_store::ImageStore::layers_size).await?;
     let details = Details { version: request.version, shared_size: true };
     let summaries: Vec<_> = list.iter().map(|image| summary(image, users(&image.id), details)).collect();
-    let containers: Vec<_> = all.iter().map(|container| super::list::summary(container)).collect();
+    let mut containers = Vec::with_capacity(all.len());
+    for container in &all {
+        let mut summary = super::list::summary(container);
+        // No sandbox is started to be asked for sizes.
+        if core.sandboxes.get(&container.record().sandbox).is_running() {
+            super::list::add_sizes(core, container, &mut summary).await;
+        }
+        containers.push(summary);
+    }
     Ok(body::json(
         StatusCode::OK,
         &json!({

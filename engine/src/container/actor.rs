@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use coracle_agent_api::{DiffId, ErrorKind, Layer, ProcessState};
+use coracle_agent_api::{ErrorKind, Layer, ProcessState};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -258,15 +258,7 @@ impl Actor {
     }
 
     async fn image_layers(&self) -> Result<Vec<LayerFile>> {
-        let images = Arc::clone(&self.core.images);
-        let image = self.record.image();
-        let image = tokio::task::spawn_blocking(move || images.image(&image)).await??;
-        let layer = |layer: coracle_image_store::Layer| {
-            let diff_id: DiffId =
-                layer.diff_id.hex().parse().map_err(|error| Error::internal(chain(&error)))?;
-            Ok(LayerFile { diff_id, path: layer.path, len: layer.size })
-        };
-        image.layers.into_iter().map(layer).collect()
+        self.core.image_layers(&self.record.image()).await
     }
 
     /// Takes care of a running process: its output to the log and to those attached, their input to it.

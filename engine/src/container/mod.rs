@@ -6,6 +6,7 @@
 pub(crate) mod actor;
 pub(crate) mod capability;
 pub(crate) mod config;
+pub(crate) mod files;
 pub(crate) mod health;
 pub(crate) mod names;
 pub(crate) mod options;

@@ -101,7 +101,8 @@ fn set(env: &mut Vec<String>, variable: &str) {
     }
 }
 
-fn files(record: &Record) -> Result<Vec<InjectedFile>> {
+/// The files that are mounted in a container.
+pub(super) fn files(record: &Record) -> Result<Vec<InjectedFile>> {
     let Config { hostname, domainname, .. } = &record.config;
     let mut hosts = String::from(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff00::\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",

@@ -3,8 +3,8 @@
 use super::{Request, Response};
 use crate::{
     api::{
-        attach, containers, create, events, exec, images, load, logs, private, prune, pull, registry, stats,
-        system, top, update, wait,
+        archive, attach, containers, create, events, exec, images, load, logs, private, prune, pull,
+        registry, stats, system, top, update, wait,
     },
     error::{Error, Result},
 };
@@ -54,7 +54,7 @@ pub(super) async fn route(request: Request) -> Result<Response> {
             images::remove(&request, &name.join("/")).await
         }
 
-        ("GET", ["containers", "json"]) => containers::list(&request),
+        ("GET", ["containers", "json"]) => containers::list(&request).await,
         ("POST", ["containers", "create"]) => create::create(request).await,
         ("POST", ["containers", "prune"]) => prune::containers(&request).await,
         ("GET", ["containers", id, "json"]) => containers::inspect(&request, id).await,
@@ -72,6 +72,11 @@ pub(super) async fn route(request: Request) -> Result<Response> {
         ("POST", ["containers", id, "resize"]) => containers::resize(&request, id).await,
         ("GET", ["containers", id, "logs"]) => logs::logs(&request, id),
         ("POST", ["containers", id, "attach"]) => attach::attach(request, id),
+        ("HEAD", ["containers", id, "archive"]) => archive::stat(&request, id).await,
+        ("GET", ["containers", id, "archive"]) => archive::get(&request, id).await,
+        ("PUT", ["containers", id, "archive"]) => archive::put(request, id).await,
+        ("GET", ["containers", id, "export"]) => archive::export(&request, id).await,
+        ("GET", ["containers", id, "changes"]) => archive::changes(&request, id).await,
         ("DELETE", ["containers", id]) => containers::remove(&request, id).await,
 
         ("POST", ["containers", id, "exec"]) => exec::create(request, id).await,
@@ -83,6 +88,7 @@ pub(super) async fn route(request: Request) -> Result<Response> {
 
         ("GET", ["coracle", "status"]) => private::status(&request).await,
         ("GET", ["coracle", "timings", container]) => private::timings(&request, container),
+        ("GET", ["coracle", "containers", id, "layer"]) => archive::layer(&request, id).await,
         ("GET", ["coracle", "vm", "kmsg"]) => private::kmsg(&request).await,
         ("POST", ["coracle", "down"]) => private::down(&request).await,
 
@@ -112,13 +118,6 @@ fn missing(method: &str, path: &[&str]) -> Error {
         ("POST", ["commit"]) => {
             "committing containers is not supported by Coracle yet: build an image elsewhere and use `docker load`"
         }
-        ("GET", ["containers", _, "changes"]) => "listing changed files is not supported by Coracle yet",
-        ("GET", ["containers", _, "export"]) => {
-            "exporting containers is not supported by Coracle yet: use `docker exec CONTAINER tar`"
-        }
-        ("GET" | "PUT" | "HEAD", ["containers", _, "archive"]) => {
-            "copying files is not supported by Coracle yet: use `docker exec -i CONTAINER tar`"
-        }
         ("GET", ["containers", _, "attach", "ws"]) => {
             "attaching by WebSocket is not supported by Coracle: use a hijacked connection"
         }
@@ -138,7 +137,6 @@ mod tests {
             ("GET", "networks"),
             ("POST", "networks/create"),
             ("GET", "volumes"),
-            ("HEAD", "containers/x/archive"),
             ("POST", "swarm/init"),
         ] {
             let path: Vec<&str> = path.split('/').collect();

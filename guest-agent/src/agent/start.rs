@@ -13,11 +13,11 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
-use super::{Agent, blocking};
+use super::{Agent, blocking, files};
 use crate::cgroup::Cgroup;
 use crate::containers::{Container, Holdings};
 use crate::error::{AtStep, Result, conflict};
-use crate::fork_server::{NewContainer, Place, Report, Task, TaskFds};
+use crate::fork_server::{NewContainer, OrderRef, Place, Report, Task, TaskFds};
 use crate::processes::spool::Spool;
 use crate::processes::{self, Process, Stdin, read_pipe, read_terminal, watch_fd};
 use crate::seccomp::Filter;
@@ -54,6 +54,8 @@ impl Agent {
         let reservation = self.processes.reserve(&id)?;
         self.containers.wait_gone(&id).await;
         self.containers.begin(&id);
+        // Two mounts of one writable layer at a time are one too many.
+        self.files.settle(&id, files::PATIENCE).await;
         // What fails in there has given back what it held.
         let (process, started) = self.start_reserved(&id, spec, since).await?;
         reservation.fill(process.clone());
@@ -174,7 +176,7 @@ impl Agent {
                 .as_ref()
                 .map(|[stdin, stdout, stderr]| [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
             let fds = TaskFds { report: child_report.as_fd(), cgroup: cgroup.as_fd(), place, stdio };
-            let cloned = self.fork_server.spawn(task, fds).await?;
+            let cloned = self.fork_server.spawn(OrderRef::Process(task), fds).await?;
             self.reaper.is_awaited(cloned.pid);
             cloned
         };

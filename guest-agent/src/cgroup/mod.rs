@@ -41,6 +41,18 @@ impl Cgroups {
         Ok(Self { directory, limits: Limits { controllers, root: mount.to_owned() } })
     }
 
+    /// Makes the group of the agent's own helpers, which belong to no container.
+    pub(crate) fn create_for_helpers(&self) -> io::Result<Cgroup> {
+        let path = self.directory.join("helpers");
+        match std::fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::openat(CWD, &path, flags, Mode::empty())?;
+        Ok(Cgroup { path, directory })
+    }
+
     /// Makes a container's group with its limits.
     pub(crate) fn create(&self, id: &ProcessId, resources: &Resources) -> Result<Cgroup> {
         let files = self.limits.files(resources)?;

@@ -8,6 +8,7 @@ mod capabilities;
 mod command;
 mod container;
 mod devices;
+mod files;
 mod identity;
 mod init;
 mod program;
@@ -22,11 +23,12 @@ use coracle_agent_api::{ApiError, ErrorKind};
 use rustix::thread::ThreadNameSpaceType;
 
 use crate::error::{AtStep, Result};
-use crate::fork_server::{Place, Report, Task};
+use crate::fork_server::{Order, Place, Report};
 use crate::{packet, sys};
 use root_dir::RootDir;
 
 pub(crate) use capabilities::parse as parse_capabilities;
+pub(crate) use files::{FilesPlace, FilesTask};
 pub(crate) use program::resource_of;
 pub(crate) use root_dir::open_directory;
 pub(crate) use tmpfs::TmpfsOptions;
@@ -73,7 +75,14 @@ enum Never {}
 
 fn execute(order: OwnedFd, report: &OwnedFd, place: OwnedFd, stdio: Option<[OwnedFd; 3]>) -> Result<Never> {
     let mut timeline = Timeline::default();
-    let task: Task = read_order(order)?;
+    let task = match read_order(order)? {
+        Order::Process(task) => task,
+        Order::Files(task) => {
+            let stdio =
+                stdio.ok_or_else(|| ApiError::new(ErrorKind::Internal, "work on files needs streams"))?;
+            sys::exit_now(files::run(*task, place, stdio));
+        }
+    };
     let process = &task.process;
     let mut first_process = false;
     let mut with_init = false;
@@ -124,7 +133,7 @@ fn join(container: OwnedFd) -> Result<Root> {
     Ok(Root { dir: RootDir::current().at("open the container's root")?, devpts: None })
 }
 
-fn read_order(order: OwnedFd) -> Result<Task> {
+fn read_order(order: OwnedFd) -> Result<Order> {
     let mut bytes = Vec::new();
     // The agent wrote at offset 0 without moving the file's position.
     std::fs::File::from(order).read_to_end(&mut bytes).at_kind(ErrorKind::Internal, "read the order")?;

@@ -70,6 +70,12 @@ impl RootDir {
         Ok(self.openat2(path.as_ref(), OFlags::PATH | OFlags::DIRECTORY, ResolveFlags::empty())?)
     }
 
+    /// What a link says; an error for anything else. Links on the way are followed, it is not.
+    pub(super) fn read_link(&self, path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
+        let link = self.openat2(path.as_ref(), OFlags::PATH | OFlags::NOFOLLOW, ResolveFlags::empty())?;
+        Ok(rustix::fs::readlinkat(&link, "", Vec::new())?.into_bytes())
+    }
+
     /// Opens a device for reading and writing without making it the controlling terminal.
     pub(super) fn open_device(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;

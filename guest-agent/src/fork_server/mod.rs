@@ -14,11 +14,30 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 
+use crate::child::FilesTask;
 use crate::error::{AtStep, Result};
 use crate::seccomp::Filter;
 use crate::sys::{Cloned, Forked};
 use crate::{packet, sys};
 use coracle_agent_api::{ApiError, ErrorKind};
+
+/// An order to a new process, as the agent writes it.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) enum OrderRef<'a> {
+    /// Become a process in a container.
+    Process(&'a Task),
+    /// Do something to a container's files, and end.
+    Files(&'a FilesTask),
+}
+
+/// The same, as the new process reads it.
+#[derive(Debug, Deserialize)]
+pub(crate) enum Order {
+    /// See [`OrderRef::Process`].
+    Process(Box<Task>),
+    /// See [`OrderRef::Files`].
+    Files(Box<FilesTask>),
+}
 
 /// What a new process must do, as the agent tells it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -70,6 +89,7 @@ pub(crate) struct TaskFds<'a> {
 /// Flags in a request's first byte.
 const JOIN: u8 = 1;
 const STDIO: u8 = 2;
+const NO_NAMESPACES: u8 = 4;
 
 /// What a new process reports about itself; the end of the stream without an error means that the program runs.
 #[derive(Debug, Serialize, Deserialize)]
@@ -122,13 +142,20 @@ impl ForkServer {
         self.pid
     }
 
-    /// Clones a process that carries out the task and reports over `fds.report`.
-    pub(crate) async fn spawn(&self, task: &Task, fds: TaskFds<'_>) -> Result<Cloned> {
-        let order = memfd(task).at_kind(ErrorKind::Internal, "write the order to a memfd")?;
+    /// Clones a process that carries out the order and reports over `fds.report`.
+    pub(crate) async fn spawn(&self, order: OrderRef<'_>, fds: TaskFds<'_>) -> Result<Cloned> {
+        let (joins, stays) = match order {
+            OrderRef::Process(task) => (matches!(task.place, Place::Joined), false),
+            OrderRef::Files(_) => (false, true),
+        };
+        let order = memfd(order).at_kind(ErrorKind::Internal, "write the order to a memfd")?;
         let mut flags = 0;
         let mut all = vec![order.as_fd(), fds.report, fds.cgroup, fds.place];
-        if matches!(task.place, Place::Joined) {
+        if joins {
             flags |= JOIN;
+        }
+        if stays {
+            flags |= NO_NAMESPACES;
         }
         if let Some(stdio) = fds.stdio {
             flags |= STDIO;
@@ -155,10 +182,10 @@ impl ForkServer {
     }
 }
 
-fn memfd(task: &Task) -> io::Result<OwnedFd> {
+fn memfd(order: OrderRef<'_>) -> io::Result<OwnedFd> {
     let fd = rustix::fs::memfd_create("coracle-task", rustix::fs::MemfdFlags::CLOEXEC)?;
     let file = std::fs::File::from(fd);
-    let bytes = serde_json::to_vec(task)?;
+    let bytes = serde_json::to_vec(&order)?;
     std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0)?;
     Ok(file.into())
 }

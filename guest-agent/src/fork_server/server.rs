@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType};
 
-use super::{JOIN, STDIO};
+use super::{JOIN, NO_NAMESPACES, STDIO};
 use crate::child::{self, ChildFds};
 use crate::sys::Cloned;
 use crate::{packet, sys};
@@ -43,7 +43,7 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
         let Some(fds) = ChildFds::from_packet(fds, flags & STDIO != 0) else {
             return Err(io::ErrorKind::InvalidData.into());
         };
-        match clone(&fds, flags & JOIN != 0, &own_pid_namespace) {
+        match clone(&fds, *flags, &own_pid_namespace) {
             Ok(None) => child::run(fds),
             Ok(Some(Cloned { pid, pidfd })) => packet::send(socket, &pid.to_le_bytes(), &[pidfd.as_fd()])?,
             Err(error) => {
@@ -54,9 +54,10 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
     }
 }
 
-fn clone(fds: &ChildFds, join: bool, own_pid_namespace: &std::fs::File) -> io::Result<Option<Cloned>> {
-    if !join {
-        return sys::clone_into(fds.cgroup.as_fd(), NEW_NAMESPACES);
+fn clone(fds: &ChildFds, flags: u8, own_pid_namespace: &std::fs::File) -> io::Result<Option<Cloned>> {
+    if flags & JOIN == 0 {
+        let namespaces = if flags & NO_NAMESPACES == 0 { NEW_NAMESPACES } else { 0 };
+        return sys::clone_into(fds.cgroup.as_fd(), namespaces);
     }
     // Only children change their pid namespace: the process must be born in it.
     rustix::thread::move_into_thread_name_spaces(fds.place.as_fd(), ThreadNameSpaceType::PROCESS_ID)?;

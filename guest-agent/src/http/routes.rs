@@ -4,7 +4,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use coracle_agent_api::{ApiError, ErrorKind, OUTPUT_PROTOCOL, STDIN_PROTOCOL};
+use coracle_agent_api::files::FILES_PROTOCOL;
+use coracle_agent_api::{ApiError, ErrorKind, OUTPUT_PROTOCOL, ProcessId, STDIN_PROTOCOL};
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
@@ -63,6 +64,10 @@ async fn route(
         }
         (&Method::GET, ["containers", id, "stats"]) => Ok(json(&agent.stats(&parse(id)?).await?)),
         (&Method::GET, ["containers", id, "processes"]) => Ok(json(&agent.processes_of(&parse(id)?).await?)),
+        (&Method::POST, ["containers", id, "files"]) => {
+            let id = parse(id)?;
+            work_on_files(agent, id, request).await
+        }
         (&Method::DELETE, ["containers", id]) => {
             let id = parse(id)?;
             detached(async move { agent.remove_container(&id).await }).await?;
@@ -164,6 +169,27 @@ fn after(query: Option<&str>) -> Result<u64> {
     Ok(after)
 }
 
+async fn work_on_files(
+    agent: Arc<Agent>,
+    id: ProcessId,
+    mut request: Request<Incoming>,
+) -> Result<Response<Body>> {
+    check_upgrade(&request, FILES_PROTOCOL)?;
+    let upgraded = hyper::upgrade::on(&mut request);
+    let work = body(request).await?;
+    // A helper that was started is also ended.
+    let starter = agent.clone();
+    let session = detached(async move { starter.work_on_files(id, work).await }).await?;
+    Ok(switch(agent, upgraded, FILES_PROTOCOL, move |io| session.carry(io)))
+}
+
+fn check_upgrade(request: &Request<Incoming>, protocol: &str) -> Result<()> {
+    match request.headers().get(header::UPGRADE).is_some_and(|value| value == protocol) {
+        true => Ok(()),
+        false => Err(invalid(format!("the request must ask for an upgrade to {protocol}"))),
+    }
+}
+
 /// Answers 101 and hands the connection over.
 fn upgrade<F: Future<Output = ()> + Send + 'static>(
     agent: Arc<Agent>,
@@ -171,12 +197,18 @@ fn upgrade<F: Future<Output = ()> + Send + 'static>(
     protocol: &'static str,
     handle: impl FnOnce(hyper_util::rt::TokioIo<hyper::upgrade::Upgraded>) -> F + Send + 'static,
 ) -> Result<Response<Body>> {
-    let asked = request.headers().get(header::UPGRADE).is_some_and(|value| value == protocol);
-    if !asked {
-        return Err(invalid(format!("the request must ask for an upgrade to {protocol}")));
-    }
+    check_upgrade(&request, protocol)?;
+    Ok(switch(agent, hyper::upgrade::on(request), protocol, handle))
+}
+
+fn switch<F: Future<Output = ()> + Send + 'static>(
+    agent: Arc<Agent>,
+    upgraded: hyper::upgrade::OnUpgrade,
+    protocol: &'static str,
+    handle: impl FnOnce(hyper_util::rt::TokioIo<hyper::upgrade::Upgraded>) -> F + Send + 'static,
+) -> Response<Body> {
     tokio::spawn(async move {
-        match hyper::upgrade::on(request).await {
+        match upgraded.await {
             Ok(upgraded) => handle(hyper_util::rt::TokioIo::new(upgraded)).await,
             Err(error) => tracing::debug!("an upgrade failed: {error}"),
         }
@@ -186,5 +218,5 @@ fn upgrade<F: Future<Output = ()> + Send + 'static>(
     let headers = response.headers_mut();
     headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     headers.insert(header::UPGRADE, HeaderValue::from_static(protocol));
-    Ok(response)
+    response
 }
