@@ -42,7 +42,24 @@ pub fn median(values: &[f64]) -> f64 {
     if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
 }
 
-/// Prints the rows of a bench and keeps them. `place` says what kind of machine it was, `seconds_count` whether a time measured
+/// What the row's ratio was in a table that was printed before, or its value where there is no peer.
+fn last(table: &str, row: &Row) -> Option<f64> {
+    let metric = format!("{} [{}]", row.metric, row.unit);
+    let peer = row.peer.as_ref().map_or("", |(name, _)| name.as_str());
+    let line = table.lines().find(|line| {
+        line.strip_prefix(&metric).is_some_and(|rest| rest.starts_with(' ') && rest.contains(peer))
+    })?;
+    let words: Vec<&str> = line[metric.len()..].split_whitespace().collect();
+    let ratio_at = match words.last()? {
+        _ if row.peer.is_none() => Some(0),
+        // After it come the goal and whether it was reached.
+        &"yes" | &"no" => words.len().checked_sub(3),
+        _ => words.len().checked_sub(1),
+    };
+    words.get(ratio_at?)?.parse().ok()
+}
+
+/// Prints the rows of a bench, with what they were when they were kept last, and keeps them. `place` says what kind of machine it was, `seconds_count` whether a time measured
 /// there means anything by itself (in the lab only ratios do).
 pub fn print(bench: &str, place: &str, seconds_count: bool, rows: &[Row], as_json: bool) -> Result<()> {
     if as_json {
@@ -57,10 +74,13 @@ pub fn print(bench: &str, place: &str, seconds_count: bool, rows: &[Row], as_jso
         return Ok(());
     }
     let hidden = |row: &Row| !seconds_count && matches!(row.unit, "ms" | "µs");
+    let kept = workspace().join("tests/bench/results").join(format!("{bench}.txt"));
+    let before = fs::read_to_string(kept).unwrap_or_default();
+    let mut changes = String::new();
     let mut table = format!("{bench}, {} on {place}\n\n", jiff::Zoned::now().date());
     writeln!(
         table,
-        "{:<52} {:>10} {:>12} {:>10} {:>7} {:>6}  ok",
+        "{:<68} {:>10} {:>12} {:>10} {:>7} {:>6}  ok",
         "metric", "ours", "peer", "", "ratio", "goal"
     )?;
     for row in rows {
@@ -75,11 +95,18 @@ pub fn print(bench: &str, place: &str, seconds_count: bool, rows: &[Row], as_jso
         let metric = format!("{} [{}]", row.metric, row.unit);
         writeln!(
             table,
-            "{metric:<52} {:>10} {peer:>12} {peer_value:>10} {ratio:>7} {goal:>6}  {ok}",
+            "{metric:<68} {:>10} {peer:>12} {peer_value:>10} {ratio:>7} {goal:>6}  {ok}",
             number(row.value)
         )?;
+        let now = if row.peer.is_some() { row.ratio() } else { (!hidden(row)).then_some(row.value) };
+        if let (Some(now), Some(was)) = (now, last(&before, row)) {
+            writeln!(changes, "{metric:<68} {was:>10.2} -> {now:.2}")?;
+        }
     }
     print!("{table}");
+    if !changes.is_empty() {
+        print!("\nthe ratio (or the value, without a peer) that was kept last, and now\n\n{changes}");
+    }
     if let Some(folder) = std::env::var_os("CORACLE_BENCH_RESULTS") {
         fs::write(std::path::Path::new(&folder).join(format!("{bench}.txt")), &table)?;
     } else {
@@ -100,6 +127,23 @@ mod tests {
     fn the_median_is_the_middle_or_the_mean_of_the_two_in_the_middle() {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+
+    #[test]
+    fn what_was_printed_last_is_found_again() {
+        let table = "start [ms]       -  QEMU microvm    -   1.50   1.00  yes\nstart [ms]    -  TCP    -   0.70\nsize [MiB]    4.25\n";
+        let row = |metric: &str, unit, peer: Option<&str>| Row {
+            metric: metric.into(),
+            value: 1.0,
+            unit,
+            peer: peer.map(|name| (name.to_owned(), 1.0)),
+            goal: None,
+        };
+        assert_eq!(last(table, &row("start", "ms", Some("QEMU microvm"))), Some(1.5));
+        assert_eq!(last(table, &row("start", "ms", Some("TCP"))), Some(0.7));
+        assert_eq!(last(table, &row("size", "MiB", None)), Some(4.25));
+        assert_eq!(last(table, &row("sta", "ms", Some("TCP"))), None);
+        assert_eq!(last("", &row("start", "ms", Some("TCP"))), None);
     }
 
     #[test]

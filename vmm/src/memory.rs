@@ -27,10 +27,20 @@ pub(crate) enum MemoryError {
         #[source]
         source: std::io::Error,
     },
+    #[error("the machine cannot have {mib} MiB of memory: the host has {host} MiB, its swap included")]
+    MoreThanTheHost { mib: u64, host: u64 },
     #[error("guest address {address:#x} with {len:#x} bytes is outside of the guest's memory")]
     Outside { address: u64, len: u64 },
     #[error("cannot read from the file")]
     Read(#[source] std::io::Error),
+}
+
+/// Refuses what the host could not give even if it did nothing else.
+pub(crate) fn check_host(mib: u64) -> Result<(), MemoryError> {
+    let host = rustix::system::sysinfo();
+    let units = host.totalram.saturating_add(host.totalswap);
+    let host = units.saturating_mul(u64::from(host.mem_unit)) >> 20;
+    if mib > host { Err(MemoryError::MoreThanTheHost { mib, host }) } else { Ok(()) }
 }
 
 /// Reserves memory for these ranges; pages come into being when they are touched. The memory stays until the process ends,

@@ -9,12 +9,14 @@ use clap::ValueEnum;
 use crate::{dist, guest, images, lab, packages, shell, workspace};
 
 /// The benches.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Name {
     /// From the CLI's start to a container's first byte in a cold machine, against QEMU's microvm machine.
     Boot,
     /// The same in a machine that runs.
     Run,
+    /// The VMM alone: memory, streams, disks and idleness, against QEMU's microvm machine and the host's TCP.
+    Vmm,
     /// Create, start and end of a container by the agent alone, against crun and runc.
     Agent,
 }
@@ -24,17 +26,20 @@ pub(crate) fn run(name: Name, lab_options: lab::Options, options: &[String]) -> 
     packages::ensure(packages::PEERS)?;
     packages::ensure_docker_cli()?;
     match name {
-        Name::Agent => drop(guest::build()?),
+        Name::Agent | Name::Vmm => drop(guest::build()?),
         Name::Boot | Name::Run => drop(dist::build()?),
     }
-    images::build()?;
+    if name != Name::Vmm {
+        images::build()?;
+    }
+    let binary = if name == Name::Vmm { "bench-vmm" } else { "bench" };
     let target = workspace().join("target/bench");
     let mut build = guest::cargo();
     build
-        .args(["build", "--release", "--package", "coracle-tests", "--bin", "bench"])
+        .args(["build", "--release", "--package", "coracle-tests", "--bin", binary])
         .env("CARGO_TARGET_DIR", &target);
     shell::run(&mut build)?;
-    let bench = target.join("release/bench");
+    let bench = target.join("release").join(binary);
     let bench = bench.to_str().context("the workspace's path is not UTF-8")?;
     let word = name.to_possible_value().context("every bench has a name")?.get_name().to_owned();
     match name {
@@ -44,7 +49,7 @@ pub(crate) fn run(name: Name, lab_options: lab::Options, options: &[String]) -> 
                 .with_context(|| format!("cannot start {bench}"))?;
             Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
-        Name::Boot | Name::Run => {
+        Name::Boot | Name::Run | Name::Vmm => {
             let results = workspace().join("tests/bench/results");
             let script = "CORACLE_BENCH_RESULTS=$CORACLE_LAB_OUT exec \"$0\" \"$@\"";
             let mut arguments =

@@ -147,7 +147,7 @@ fn builder() -> Vec<Call> {
         // Answered with ENOSYS by a filter of its own: its flags cannot be looked at, and libc then uses `clone`.
         Call(libc::SYS_clone3, Vec::new()),
     ];
-    calls.extend(always(&[libc::SYS_eventfd2, libc::SYS_pread64]));
+    calls.extend(always(&[libc::SYS_eventfd2, libc::SYS_pread64, libc::SYS_sysinfo]));
     calls
 }
 

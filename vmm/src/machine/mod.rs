@@ -119,7 +119,9 @@ impl Machine {
         let (kernel, initramfs, data_disk) = (File::from(next_fd()?), File::from(next_fd()?), next_fd()?);
         let serial = if request.serial { Some(next_fd()?) } else { None };
 
-        let memory = memory::allocate(&layout::memory_ranges(request.memory_mib)?)?;
+        let ranges = layout::memory_ranges(request.memory_mib)?;
+        memory::check_host(request.memory_mib)?;
+        let memory = memory::allocate(&ranges)?;
         let data_disk = DataDisk::new(data_disk, request.data_disk.len)?;
         let segments = Segments::new(request.layers_capacity)?;
         let entry = boot::prepare(

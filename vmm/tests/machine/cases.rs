@@ -183,6 +183,12 @@ fn data_disk(kernel: &Path) {
     assert!(found.iter().all(|&byte| byte == 0));
     assert!(vm.disk.metadata().unwrap().blocks() <= blocks - 4096, "no space came back");
     assert_eq!(vm.exchange("read /dev/vda 67104768 8192", &[]), b"-1\n", "the disk goes on after its end");
+    // A disk that shrinks gives errors where it is gone, and comes back.
+    vm.disk.set_len(32 << 20).unwrap();
+    assert_eq!(vm.exchange("read /dev/vda 50331648 8192", &[]), b"5\n");
+    assert_eq!(vm.exchange("read /dev/vda 1048576 8192", &[])[..3], *b"ok\n");
+    vm.disk.set_len(crate::host::DISK).unwrap();
+    assert_eq!(vm.exchange("read /dev/vda 50331648 8192", &[])[..3], *b"ok\n");
 }
 
 fn segments(kernel: &Path) {
@@ -307,6 +313,8 @@ fn bad_requests(kernel: &Path) {
     refuse(&|boot| boot.vcpus = 65, "65 virtual processors");
     refuse(&|boot| boot.memory_mib = 0, "0 MiB of memory");
     refuse(&|boot| boot.memory_mib = 513, "513 MiB of memory");
+    refuse(&|boot| boot.memory_mib = 1 << 20, "the host has");
+    refuse(&|boot| boot.memory_mib = (1 << 20) + 2, "at most 1 TiB");
     refuse(&|boot| boot.kernel.len = 1 << 20, "truncated");
     refuse(&|boot| boot.kernel.len += 1 << 30, "has only");
     refuse(&|boot| boot.kernel.offset = 4096, "has only");

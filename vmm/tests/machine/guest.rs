@@ -35,7 +35,7 @@ pub(crate) fn main() -> ! {
     }
 }
 
-fn serve(stream: File) -> std::io::Result<()> {
+pub(crate) fn serve(stream: File) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
     reader.read_line(&mut line)?;
@@ -59,6 +59,18 @@ fn serve(stream: File) -> std::io::Result<()> {
                 sum = buffer[..len].iter().fold(sum, |sum, byte| sum.wrapping_mul(31) + u64::from(*byte));
             }
             writeln!(out, "{total} {sum}")?;
+        }
+        // Reads everything, and answers how much it was.
+        "sink" => {
+            let mut buffer = vec![0; 256 * 1024];
+            let mut total = 0;
+            loop {
+                match reader.read(&mut buffer)? {
+                    0 => break,
+                    len => total += len,
+                }
+            }
+            writeln!(out, "{total}")?;
         }
         // Sends, ends its own direction, and goes on reading.
         "source" => {
@@ -104,6 +116,7 @@ fn serve(stream: File) -> std::io::Result<()> {
             file.sync_all()?;
             writeln!(out, "ok")?;
         }
+        "disk" => writeln!(out, "{}", disk(&words[1..])?)?,
         "discard" => writeln!(out, "{}", discard(words[1], number(2), number(3)))?,
         "random" => {
             let mut data = [0; 32];
@@ -151,6 +164,63 @@ fn read_aligned(file: &File, position: u64, len: usize) -> std::io::Result<Vec<u
     let begin = buffer.as_ptr().align_offset(4096);
     file.read_exact_at(&mut buffer[begin..begin + len], position)?;
     Ok(buffer[begin..begin + len].to_vec())
+}
+
+/// Uses the first disk past the guest's page cache; microseconds for all of it, or for one of many requests.
+fn disk(words: &[&str]) -> std::io::Result<u128> {
+    const ALL: u64 = 64 << 20;
+    const LARGE: usize = 1 << 20;
+    const SMALL: usize = 4096;
+    const COUNT: u64 = 512;
+    let begin = std::time::Instant::now();
+    match words {
+        ["read"] => {
+            let file = direct("/dev/vda", false)?;
+            for position in (0..ALL).step_by(LARGE) {
+                read_aligned(&file, position, LARGE)?;
+            }
+            Ok(begin.elapsed().as_micros())
+        }
+        ["write"] => {
+            let file = direct("/dev/vda", true)?;
+            for position in (0..ALL).step_by(LARGE) {
+                write_aligned(&file, position, LARGE)?;
+            }
+            Ok(begin.elapsed().as_micros())
+        }
+        ["random", threads] => {
+            let threads: u64 = threads.parse().unwrap();
+            let workers: Vec<_> = (0..threads)
+                .map(|thread| {
+                    thread::spawn(move || {
+                        let file = direct("/dev/vda", false)?;
+                        for number in 0..COUNT / threads {
+                            let place = (thread + number * threads).wrapping_mul(2_654_435_761);
+                            read_aligned(&file, place % (ALL / 4096) * 4096, SMALL)?;
+                        }
+                        Ok::<_, std::io::Error>(())
+                    })
+                })
+                .collect();
+            workers.into_iter().try_for_each(|worker| worker.join().unwrap())?;
+            Ok(begin.elapsed().as_micros() / u128::from(COUNT))
+        }
+        ["flush"] => {
+            let file = direct("/dev/vda", true)?;
+            for number in 0..COUNT / 8 {
+                write_aligned(&file, number * 8192, SMALL)?;
+                file.sync_data()?;
+            }
+            Ok(begin.elapsed().as_micros() / u128::from(COUNT / 8))
+        }
+        other => panic!("{other:?} is nothing to do with a disk"),
+    }
+}
+
+fn write_aligned(file: &File, position: u64, len: usize) -> std::io::Result<()> {
+    let buffer = vec![7; len + 4096];
+    let begin = buffer.as_ptr().align_offset(4096);
+    file.write_all_at(&buffer[begin..begin + len], position)
 }
 
 fn discard(path: &str, position: u64, len: u64) -> i32 {

@@ -1,4 +1,5 @@
-//! Benches against peers, run by `cargo xtask bench NAME`: `agent` on this machine as root, `boot` and `run` in the lab.
+//! Benches against peers, run by `cargo xtask bench NAME`: `agent` on this machine as root, `boot` and `run` in the lab. The
+//! bench `vmm` is a program of its own.
 
 mod agent;
 mod machine;
