@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use smallvec::SmallVec;
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestMemory, VolatileSlice};
 
@@ -18,7 +19,8 @@ const MAX_PARTS: usize = 1024;
 /// Parts of guest memory that belong together, in order.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Buffers<'m> {
-    parts: Vec<VolatileSlice<'m>>,
+    /// Few in nearly every chain.
+    parts: SmallVec<[VolatileSlice<'m>; 4]>,
     len: usize,
 }
 
@@ -52,7 +54,7 @@ impl<'m> Buffers<'m> {
     /// Buffers of one part.
     #[cfg(test)]
     pub(crate) fn of(part: VolatileSlice<'m>) -> Self {
-        Self { len: part.len(), parts: vec![part] }
+        Self { len: part.len(), parts: smallvec::smallvec![part] }
     }
 
     fn push(&mut self, slice: VolatileSlice<'m>) -> Result<(), Broken> {
@@ -78,22 +80,23 @@ impl<'m> Buffers<'m> {
         if at > self.len {
             return None;
         }
-        let mut front = Buffers::default();
-        let mut rest = Vec::with_capacity(self.parts.len());
-        for part in self.parts.drain(..) {
-            let wanted = (at - front.len).min(part.len());
-            // `wanted` is within the part, so that splitting cannot fail.
-            let Ok((before, after)) = part.split_at(wanted) else { return None };
+        let (mut front, mut taken) = (Buffers::default(), 0);
+        while front.len < at {
+            let part = self.parts.get_mut(taken)?;
+            // At most the part's length, so that splitting cannot fail.
+            let (before, after) = part.split_at((at - front.len).min(part.len())).ok()?;
             if !before.is_empty() {
                 front.len += before.len();
                 front.parts.push(before);
             }
-            if !after.is_empty() {
-                rest.push(after);
+            if after.is_empty() {
+                taken += 1;
+            } else {
+                *part = after;
             }
         }
+        self.parts.drain(..taken);
         self.len -= at;
-        self.parts = rest;
         Some(front)
     }
 

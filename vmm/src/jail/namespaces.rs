@@ -3,8 +3,8 @@
 
 use std::io;
 
-use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
-use rustix::process::{chdir, chroot, geteuid, pivot_root};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::process::{chdir, chroot, geteuid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// Any folder that exists; what is mounted over it becomes the root.
@@ -39,11 +39,8 @@ fn empty_root() -> io::Result<()> {
         .find(|place| mount("coracle-vmm", *place, "tmpfs", flags, Some(c"size=4k,mode=111")).is_ok())
         .ok_or(io::ErrorKind::NotFound)?;
     chdir(place)?;
-    // The old root comes to lie over the new one, and is then taken away.
-    match pivot_root(".", ".") {
-        Ok(()) => unmount(".", UnmountFlags::DETACH)?,
-        // The old root may be no mount of its own, as in a chroot.
-        Err(_) => chroot(".")?,
-    }
+    // The way back needs a descriptor of a folder or a privilege, and neither will be left. Taking the old root's mounts away as well
+    // (by `pivot_root`) would add nothing but the milliseconds that the kernel waits for all processors then.
+    chroot(".")?;
     Ok(chdir("/")?)
 }

@@ -26,6 +26,26 @@ struct Stream {
     kind: Kind,
     directions: Directions,
     backlog: VecDeque<u8>,
+    /// Whether the thread wakes when there is room to write. It does only while something waits for that.
+    waits_for_room: bool,
+}
+
+impl Stream {
+    /// Waits for room exactly while there is a backlog. Room that is there already is reported at once.
+    fn watch(&mut self, epoll: &OwnedFd, id: Id) -> io::Result<()> {
+        let room = !self.backlog.is_empty();
+        if room != self.waits_for_room {
+            epoll::modify(epoll, &self.fd, epoll::EventData::new_u64(id.0), interest(room))?;
+            self.waits_for_room = room;
+        }
+        Ok(())
+    }
+}
+
+/// What every stream is watched for.
+fn interest(room: bool) -> epoll::EventFlags {
+    let always = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+    if room { always | epoll::EventFlags::OUT } else { always }
 }
 
 /// All streams, registered edge-triggered: nothing wakes the thread that it cannot act on.
@@ -56,10 +76,9 @@ impl Streams {
                 Directions { gives: access != OFlags::WRONLY, takes: access != OFlags::RDONLY }
             }
         };
-        let interest =
-            epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
-        epoll::add(&self.epoll, &fd, epoll::EventData::new_u64(id.0), interest)?;
-        self.streams.insert(id, Stream { fd, kind, directions, backlog: VecDeque::new() });
+        epoll::add(&self.epoll, &fd, epoll::EventData::new_u64(id.0), interest(false))?;
+        self.streams
+            .insert(id, Stream { fd, kind, directions, backlog: VecDeque::new(), waits_for_room: false });
         Ok(directions)
     }
 
@@ -124,6 +143,7 @@ impl Streams {
             from.copy_to(&mut rest);
             stream.backlog.extend(rest);
         }
+        stream.watch(&self.epoll, id)?;
         Ok(u32::try_from(written).unwrap_or(u32::MAX))
     }
 
@@ -146,6 +166,7 @@ impl Streams {
         if stream.backlog.is_empty() && stream.backlog.capacity() > 64 * 1024 {
             stream.backlog = VecDeque::new();
         }
+        stream.watch(&self.epoll, id)?;
         Ok(u32::try_from(written).unwrap_or(u32::MAX))
     }
 
