@@ -10,3 +10,7 @@ pub(crate) fn borrow_event(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the event owns its descriptor and is borrowed for the result's lifetime.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
+
+/// Stacks of the threads that serve processors and devices: nothing there is deep. The usual 2 MiB would also be just what the host
+/// likes to fill with a huge page.
+pub(crate) const STACK: usize = 256 * 1024;

@@ -16,6 +16,7 @@ use super::{Activation, ActiveQueue, Broken, Signals};
 use crate::jail::{Role, narrow};
 use crate::limit::warn_limited;
 use crate::memory::Memory;
+use crate::sys::STACK;
 
 /// Why a device could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +120,7 @@ pub(crate) fn spawn<T: Send + 'static>(
     let signals = Arc::clone(&inbox.signals);
     let thread = std::thread::Builder::new()
         .name(device.into())
+        .stack_size(STACK)
         .spawn(move || {
             match catch_unwind(AssertUnwindSafe(|| narrow(role).and_then(|()| run(inbox)))) {
                 Ok(Ok(())) => return,

@@ -10,6 +10,7 @@ use super::{Report, Reports};
 use crate::control::{ExitCounts, ExitReason};
 use crate::hypervisor::{Exit, Processor, kick};
 use crate::jail::{Role, narrow};
+use crate::sys::STACK;
 
 /// All processors of a machine.
 pub(super) struct Processors {
@@ -65,6 +66,7 @@ impl Processors {
             let for_thread = Arc::clone(&counters);
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
+                .stack_size(STACK)
                 .spawn(move || run(processor, &bus, &gate, &for_thread, &reports));
             match thread {
                 Ok(thread) => all.threads.push(thread),
