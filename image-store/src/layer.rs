@@ -11,6 +11,7 @@ use tempfile::NamedTempFile;
 use crate::digest::Digest;
 use crate::erofs::ImageOutput;
 use crate::erofs::convert::{self, ConvertError};
+use crate::faults;
 use crate::pipeline::{self, StageReader};
 use crate::recipe::RecipeWriter;
 use coracle_tarball::{TarError, TarStream};
@@ -176,11 +177,17 @@ impl NewLayer {
     pub(crate) fn convert(blob: impl Read + Send, scratch: &Path, max_size: u64) -> Result<Self, LayerError> {
         let local = |source| LayerError::Convert(ConvertError::writing(source));
         let new = |prefix| tempfile::Builder::new().prefix(prefix).tempfile_in(scratch).map_err(local);
+        faults::point();
         let (image, recipe) = (new("layer-")?, new("recipe-")?);
         let recipe_out = BufWriter::new(recipe.as_file());
         let converted = convert_layer(blob, image.as_file(), recipe_out, scratch, max_size)?;
         let files = [image.as_file(), recipe.as_file()].map(File::try_clone);
-        let sync = thread::spawn(move || files.into_iter().try_for_each(|file| file?.sync_all()));
+        let sync = thread::spawn(move || {
+            files.into_iter().try_for_each(|file| {
+                faults::point();
+                file?.sync_all()
+            })
+        });
         Ok(Self { converted, image, recipe, sync })
     }
 

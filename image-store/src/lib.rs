@@ -25,6 +25,7 @@ mod archive;
 pub mod config;
 mod digest;
 pub mod erofs;
+mod faults;
 mod layer;
 mod pipeline;
 mod recipe;

@@ -14,6 +14,7 @@ use super::format::{
 };
 use super::spool::Spool;
 use super::tree::{Kind, Node, NodeId, Tree};
+use crate::faults;
 use crate::recipe::{RecipeStats, RecipeWriter, Tail};
 
 const BUFFER: usize = 256 * 1024;
@@ -118,6 +119,7 @@ impl<W: ImageOutput> ImageWriter<W> {
 
     /// Starts a file's data.
     pub(super) fn begin_file(&mut self, size: u64) -> Result<(), ConvertError> {
+        faults::point();
         self.check_fits(size)?;
         self.file = FileInProgress { start: self.position, checksum: 0 };
         Ok(())
@@ -262,6 +264,7 @@ impl<W: ImageOutput> ImageWriter<W> {
             blocks: u32::try_from(blocks).map_err(too_large)?,
             meta_block: u32::try_from(meta_start / BLOCK).map_err(too_large)?,
         };
+        faults::point();
         self.out.seek(SeekFrom::Start(0)).map_err(ConvertError::writing)?;
         self.out.write_all(&superblock.encode_block()).map_err(ConvertError::writing)?;
         self.out.flush().map_err(ConvertError::writing)?;

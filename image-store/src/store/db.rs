@@ -102,7 +102,9 @@ pub(super) struct Db(Database);
 
 impl Db {
     pub(super) fn open(path: &Path) -> Result<Self, Error> {
-        let opened = Database::builder().set_cache_size(CACHE).create(path);
+        let mut builder = Database::builder();
+        builder.set_cache_size(CACHE);
+        let opened = create(&builder, path);
         let db = opened.map_err(|error| match error {
             DatabaseError::DatabaseAlreadyOpen => Error::Locked { path: path.to_owned() },
             other => redb::Error::from(other).into(),
@@ -192,6 +194,19 @@ impl Db {
         let images = self.images_and_removed()?;
         Ok(References::of(images.iter().map(|(id, record)| (id, record))))
     }
+}
+
+#[cfg(not(test))]
+fn create(builder: &redb::Builder, path: &Path) -> Result<Database, DatabaseError> {
+    builder.create(path)
+}
+
+/// With places for the process to die.
+#[cfg(test)]
+fn create(builder: &redb::Builder, path: &Path) -> Result<Database, DatabaseError> {
+    let file = std::fs::File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+    let backend = redb::backends::FileBackend::new(file)?;
+    builder.create_with_backend(crate::faults::Backend(backend))
 }
 
 /// A transaction; nothing happens unless it is committed.

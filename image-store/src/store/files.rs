@@ -12,6 +12,7 @@ use tracing::{debug, warn};
 use super::db::References;
 use super::error::Error;
 use crate::digest::Digest;
+use crate::faults;
 use crate::layer::NewLayer;
 use crate::recipe::LayerTar;
 
@@ -104,8 +105,11 @@ impl Files {
             return Ok(digest);
         }
         let failed = |source| Error::io("write a blob in", &self.scratch, source);
+        faults::point();
         let mut file = tempfile::Builder::new().prefix("blob-").tempfile_in(&self.scratch).map_err(failed)?;
+        faults::point();
         file.write_all(bytes).map_err(failed)?;
+        faults::point();
         file.as_file().sync_all().map_err(failed)?;
         new_files.persist(file, self.blob_path(&digest))?;
         Ok(digest)
@@ -143,6 +147,7 @@ impl NewFiles {
     pub(super) fn persist(&mut self, file: NamedTempFile, target: PathBuf) -> Result<(), Error> {
         // What was there was incomplete or damaged, but images may refer to it: it is not for us to remove.
         let is_new = !target.exists();
+        faults::point();
         match file.persist(&target) {
             Ok(_) if is_new => {
                 self.0.push(target);
@@ -157,6 +162,7 @@ impl NewFiles {
     pub(super) fn sync_directories(&self) -> Result<(), Error> {
         let directories: BTreeSet<_> = self.0.iter().filter_map(|file| file.parent()).collect();
         for directory in directories {
+            faults::point();
             sync_directory(directory).map_err(|source| Error::io("sync", directory, source))?;
         }
         Ok(())
@@ -180,6 +186,7 @@ fn file_size(path: &Path) -> Option<u64> {
 
 /// A file that stays behind takes space until the next start, which removes it.
 fn remove_or_warn(path: &Path) {
+    faults::point();
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             warn!(path = %path.display(), %error, "cannot remove an unused file of the image store");
@@ -195,6 +202,7 @@ fn remove_entries(directory: &Path, is_needed: impl Fn(&str) -> bool) -> Result<
         if entry.file_name().to_str().is_some_and(&is_needed) {
             continue;
         }
+        faults::point();
         debug!(name = ?entry.file_name(), "removing what nothing refers to");
         let removed = match entry.file_type().map_err(failed)?.is_dir() {
             true => fs::remove_dir_all(entry.path()),

@@ -2,6 +2,8 @@
 //! tags exist. Files come first (written aside, synced, renamed), then the database's commit makes them count; deletion
 //! goes the other way round. So the database never names what is not there, and what it does not name is debris.
 
+#[cfg(all(test, target_os = "linux"))]
+mod crash_tests;
 mod create;
 mod db;
 mod error;
