@@ -3,6 +3,7 @@
 //! error, never a short file. (The `tar` crate reads extended headers of any size into memory, and writes relative names
 //! only, so it only makes the fixtures of our tests.) And [`TarWriter`], whose entries can have any names.
 
+mod acl;
 mod header;
 mod pax;
 mod sparse;
@@ -121,6 +122,8 @@ pub struct TarStream<R, W = ()> {
     /// Bytes after them up to the next block.
     padding: u64,
     finished: bool,
+    /// What global headers said so far.
+    global: PaxRecords,
 }
 
 impl<R: Read> TarStream<R> {
@@ -133,7 +136,15 @@ impl<R: Read> TarStream<R> {
 impl<R: Read, W: Witness> TarStream<R, W> {
     /// All that is not read by [`TarStream::read_data`] passes before the witness.
     pub fn with_witness(inner: R, witness: W) -> Self {
-        Self { inner, witness, offset: 0, remaining: 0, padding: 0, finished: false }
+        Self {
+            inner,
+            witness,
+            offset: 0,
+            remaining: 0,
+            padding: 0,
+            finished: false,
+            global: PaxRecords::default(),
+        }
     }
 
     /// The witness.
@@ -173,12 +184,15 @@ impl<R: Read, W: Witness> TarStream<R, W> {
             let malformed = |reason: &str| TarError::Malformed { offset, reason: reason.to_owned() };
             let stored = header.size().ok_or_else(|| malformed("bad size field"))?;
             match header.type_flag() {
-                b'g' => self.start_payload(stored),
+                b'g' => {
+                    let records = PaxRecords::parse(&self.extension(offset, stored)?).map_err(malformed)?;
+                    self.global.add_global(records);
+                }
                 b'x' => pax = Some(PaxRecords::parse(&self.extension(offset, stored)?).map_err(malformed)?),
                 b'L' => long_path = Some(until_nul(self.extension(offset, stored)?)),
                 b'K' => long_link = Some(until_nul(self.extension(offset, stored)?)),
                 _ => {
-                    let pax = pax.unwrap_or_default();
+                    let pax = pax.unwrap_or_default().or_global(&self.global);
                     return self.entry(offset, &header, stored, pax, long_path, long_link).map(Some);
                 }
             }

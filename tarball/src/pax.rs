@@ -1,9 +1,20 @@
 //! Records of pax extended headers: `<length> <key>=<value>\n`. Values may hold any byte, because extended attributes
 //! travel in them. Unknown keys are skipped, malformed records are errors.
 
-use super::Mtime;
+use base64::Engine as _;
+use base64::alphabet;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+
+use super::{Mtime, acl};
 
 const XATTR: &[u8] = b"SCHILY.xattr.";
+/// libarchive's form: names as in URLs, values in base64.
+const ENCODED_XATTR: &[u8] = b"LIBARCHIVE.xattr.";
+/// Writers differ in whether they pad.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
 
 /// What an extended header says about the next entry.
 #[derive(Debug, Default)]
@@ -56,11 +67,46 @@ impl PaxRecords {
             b"uid" => self.uid = optional(value, decimal_u32, "user id is not a 32-bit number")?,
             b"gid" => self.gid = optional(value, decimal_u32, "group id is not a 32-bit number")?,
             b"mtime" => self.mtime = optional(value, timestamp, "a malformed mtime in a pax record")?,
+            b"SCHILY.acl.access" => self.acl(b"system.posix_acl_access", value),
+            b"SCHILY.acl.default" => self.acl(b"system.posix_acl_default", value),
+            _ if key.starts_with(ENCODED_XATTR) => {
+                let name =
+                    url_decoded(&key[ENCODED_XATTR.len()..]).ok_or("a malformed name of an attribute")?;
+                let value = BASE64.decode(value).map_err(|_| "a malformed value of an attribute")?;
+                self.xattrs.push((name, value));
+            }
             _ if key.starts_with(XATTR) => self.xattrs.push((key[XATTR.len()..].to_vec(), value.to_vec())),
             _ if key.starts_with(b"GNU.sparse.") => self.sparse.apply(&key[b"GNU.sparse.".len()..], value)?,
             _ => {}
         }
         Ok(())
+    }
+}
+
+impl PaxRecords {
+    fn acl(&mut self, name: &[u8], text: &[u8]) {
+        self.xattrs.extend(acl::from_text(text).map(|value| (name.to_vec(), value)));
+    }
+
+    /// What a global header says holds unless the entry's own says otherwise. Names and sizes of all entries at once
+    /// make no sense and are not taken.
+    pub(super) fn or_global(mut self, global: &Self) -> Self {
+        self.uid = self.uid.or(global.uid);
+        self.gid = self.gid.or(global.gid);
+        self.mtime = self.mtime.or(global.mtime);
+        let own = std::mem::take(&mut self.xattrs);
+        self.xattrs = global.xattrs.iter().cloned().chain(own).collect();
+        self
+    }
+
+    /// A further global header.
+    pub(super) fn add_global(&mut self, newer: Self) {
+        *self = newer.or_global(self);
+        // However many headers there are, they say no more than one can.
+        let said: usize = self.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if said > super::MAX_EXTENSION as usize {
+            self.xattrs.clear();
+        }
     }
 }
 
@@ -93,6 +139,23 @@ fn split_record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let equals = record.iter().position(|byte| *byte == b'=')?;
     let key = &record[..equals];
     (!key.is_empty()).then_some((key, &record[equals + 1..], &bytes[length..]))
+}
+
+fn url_decoded(text: &[u8]) -> Option<Vec<u8>> {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((byte, after)) = rest.split_first() {
+        rest = after;
+        if *byte != b'%' {
+            decoded.push(*byte);
+            continue;
+        }
+        let (digits, after) = rest.split_at_checked(2)?;
+        let digit = |byte: u8| char::from(byte).to_digit(16);
+        decoded.push((digit(digits[0])? << 4 | digit(digits[1])?) as u8);
+        rest = after;
+    }
+    Some(decoded)
 }
 
 fn optional<T>(
@@ -150,6 +213,23 @@ mod tests {
         assert_eq!(records.path.as_deref(), Some(&b"a/b"[..]));
         assert_eq!(records.xattrs, [(b"user.x".to_vec(), b"\x00\n=\xff".to_vec())]);
         assert_eq!(records.size, Some(1234));
+    }
+
+    #[test]
+    fn attributes_come_in_libarchives_form_and_lists_as_text() {
+        let record = |text: &str| {
+            let length =
+                (1..).find(|length| length.to_string().len() + 1 + text.len() + 1 == *length).unwrap();
+            format!("{length} {text}\n")
+        };
+        let text = record("LIBARCHIVE.xattr.user.a%20b%3D=AP8")
+            + &record("SCHILY.acl.default=user::rwx,user:7:r-x,group::r-x,mask::rwx,other::---");
+        let records = PaxRecords::parse(text.as_bytes()).unwrap();
+        assert_eq!(records.xattrs[0], (b"user.a b=".to_vec(), b"\x00\xff".to_vec()));
+        assert_eq!(records.xattrs[1].0, b"system.posix_acl_default");
+        for bad in ["LIBARCHIVE.xattr.user.%4=AA", "LIBARCHIVE.xattr.user.a=*"] {
+            assert!(PaxRecords::parse(record(bad).as_bytes()).is_err(), "{bad}");
+        }
     }
 
     #[test]
