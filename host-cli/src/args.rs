@@ -1,12 +1,16 @@
 //! The command line: the words and options of Docker's CLI where it has them.
 
 mod container;
+mod image;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use container::{CreateOptions, ExecArgs, RunArgs, TimingsFormat};
+pub(crate) use image::{
+    HistoryArgs, ImageCommand, ImagesArgs, ImportArgs, LoadArgs, PruneArgs, RmiArgs, SaveArgs, TagArgs,
+};
 
 /// What the environment can say.
 const ENVIRONMENT: &str = "\
@@ -47,8 +51,17 @@ pub(crate) enum Command {
     Doctor,
     /// Load images from a tar archive or from standard input
     Load(LoadArgs),
+    /// Write images as a tar archive to a file or to standard output
+    Save(SaveArgs),
+    /// Make an image of a file system's tar stream
+    Import(ImportArgs),
     /// List images
     Images(ImagesArgs),
+    /// Show how an image came to be
+    History(HistoryArgs),
+    /// Work on images
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// Create and run a container
     Run(Box<RunArgs>),
     /// Create a container without starting it
@@ -127,31 +140,6 @@ pub(crate) struct JsonFlag {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct LoadArgs {
-    /// Read from this file instead of standard input
-    #[arg(short, long)]
-    pub(crate) input: Option<PathBuf>,
-    /// Print nothing but errors and the images' names
-    #[arg(short, long)]
-    pub(crate) quiet: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ImagesArgs {
-    /// Only this repository or image
-    pub(crate) name: Option<String>,
-    /// Show all images (images without a name are always shown)
-    #[arg(short, long)]
-    pub(crate) all: bool,
-    /// Only ids
-    #[arg(short, long)]
-    pub(crate) quiet: bool,
-    /// Do not cut ids
-    #[arg(long)]
-    pub(crate) no_trunc: bool,
 }
 
 #[derive(Debug, Args)]
@@ -279,28 +267,10 @@ pub(crate) struct RmArgs {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct RmiArgs {
-    /// Names or ids
-    #[arg(required = true, value_name = "IMAGE")]
-    pub(crate) images: Vec<String>,
-    /// Also if it has several names or stopped containers use it
-    #[arg(short, long)]
-    pub(crate) force: bool,
-}
-
-#[derive(Debug, Args)]
 pub(crate) struct RenameArgs {
     /// Its name or id
     pub(crate) container: String,
     /// Its new name
-    pub(crate) name: String,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct TagArgs {
-    /// The image's name or id
-    pub(crate) image: String,
-    /// The further name
     pub(crate) name: String,
 }
 

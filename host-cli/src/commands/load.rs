@@ -30,7 +30,7 @@ struct Message {
 /// Loads an archive.
 pub(super) async fn run(home: &Home, args: &LoadArgs) -> Outcome {
     let (chunks, total) = match &args.input {
-        Some(path) => open(path).await?,
+        Some(path) => open(path, "load").await?,
         None if terminal::stdin_is_terminal() => {
             return Err(Failure::new("cannot load images: there is no archive on standard input")
                 .hint("name a file with -i, or use a pipe"));
@@ -64,19 +64,21 @@ pub(super) async fn run(home: &Home, args: &LoadArgs) -> Outcome {
     Ok(0)
 }
 
-type Chunks = std::pin::Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>;
+/// A stream of bytes to send.
+pub(super) type Chunks = std::pin::Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>;
 
-async fn open(path: &Path) -> Result<(Chunks, Option<u64>), Failure> {
+/// A file's bytes, and how many there are; `what` is to be done with them.
+pub(super) async fn open(path: &Path, what: &str) -> Result<(Chunks, Option<u64>), Failure> {
     let cannot = || format!("cannot open {}", path.display());
     let file = tokio::fs::File::open(path).await.with_context(cannot)?;
     let metadata = file.metadata().await.with_context(cannot)?;
     if metadata.is_dir() {
-        return Err(Failure::new(format_args!("cannot load {}: it is a directory", path.display())));
+        return Err(Failure::new(format_args!("cannot {what} {}: it is a directory", path.display())));
     }
     let total = fs::Metadata::is_file(&metadata).then_some(metadata.len());
     Ok((chunks(file), total))
 }
 
-fn chunks(reader: impl tokio::io::AsyncRead + Send + 'static) -> Chunks {
+pub(super) fn chunks(reader: impl tokio::io::AsyncRead + Send + 'static) -> Chunks {
     Box::pin(ReaderStream::with_capacity(reader, 256 * 1024))
 }

@@ -2,19 +2,28 @@
 
 pub(crate) mod bundle;
 mod exec;
+mod filters;
+mod history;
 mod images;
+mod import;
 mod inspect;
 mod lifecycle;
 mod load;
 mod logs;
+mod prune;
 mod ps;
 mod run;
+mod save;
 mod session;
 mod status;
 mod up;
 mod version;
 
-use crate::{args::Command, failure::Outcome, paths::Home};
+use crate::{
+    args::{Command, ImageCommand},
+    failure::Outcome,
+    paths::Home,
+};
 
 /// Carries out a command; `started` is when the process began, in microseconds of CLOCK_MONOTONIC.
 pub(crate) async fn run(command: Command, home: Home, started: u64) -> Outcome {
@@ -23,10 +32,16 @@ pub(crate) async fn run(command: Command, home: Home, started: u64) -> Outcome {
         Command::Down(args) => up::down(&home, &args).await,
         Command::Status(args) => status::run(&home, args.json).await,
         Command::Version(args) => version::run(&home, args.json).await,
-        Command::Load(args) => load::run(&home, &args).await,
-        Command::Images(args) => images::list(&home, &args).await,
-        Command::Rmi(args) => images::remove(&home, &args).await,
-        Command::Tag(args) => images::tag(&home, &args).await,
+        Command::Load(args) | Command::Image(ImageCommand::Load(args)) => load::run(&home, &args).await,
+        Command::Save(args) | Command::Image(ImageCommand::Save(args)) => save::run(&home, &args).await,
+        Command::Import(args) | Command::Image(ImageCommand::Import(args)) => import::run(&home, &args).await,
+        Command::History(args) | Command::Image(ImageCommand::History(args)) => {
+            history::run(&home, &args).await
+        }
+        Command::Image(ImageCommand::Prune(args)) => prune::run(&home, &args).await,
+        Command::Images(args) | Command::Image(ImageCommand::List(args)) => images::list(&home, &args).await,
+        Command::Rmi(args) | Command::Image(ImageCommand::Rm(args)) => images::remove(&home, &args).await,
+        Command::Tag(args) | Command::Image(ImageCommand::Tag(args)) => images::tag(&home, &args).await,
         Command::Run(args) => run::run(&home, &args, started).await,
         Command::Create(args) => run::create_only(&home, &args).await,
         Command::Start(args) => run::start(&home, &args).await,

@@ -1,13 +1,12 @@
 //! `coracle ps`.
 
-use std::collections::BTreeMap;
-
 use anyhow::Context;
 use serde::Deserialize;
 
+use super::filters::Filters;
 use crate::{
     args::PsArgs,
-    client::{self, escape},
+    client,
     failure::{Failure, Outcome},
     paths::Home,
     table::{Table, ellipsis},
@@ -63,15 +62,6 @@ fn query(args: &PsArgs) -> Result<String, Failure> {
     if let Some(last) = last {
         path += &format!("&limit={last}");
     }
-    let mut filters: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for filter in &args.filter {
-        let (key, value) = filter.split_once('=').ok_or_else(|| {
-            Failure::new(format_args!("cannot use the filter `{filter}`: expected KEY=VALUE"))
-        })?;
-        filters.entry(key).or_default().push(value);
-    }
-    if !filters.is_empty() {
-        path += &format!("&filters={}", escape(&serde_json::to_string(&filters)?));
-    }
+    path += &format!("&filters={}", Filters::of(&args.filter)?.query());
     Ok(path)
 }
