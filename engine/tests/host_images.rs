@@ -219,3 +219,70 @@ fn unused_images_are_pruned_and_the_space_is_told() {
     assert_eq!(usage(&daemon), on_disk());
     assert!(daemon.ok(&["system", "df"]).contains("Images"));
 }
+
+#[test]
+fn a_container_is_committed_with_what_it_changed() {
+    let (_machine, daemon) = with_busybox();
+    let script = "echo new > /new; rm /etc/group; mkdir /d; echo 1 > /d/f; chmod 600 /etc/passwd; sleep 1000";
+    daemon.ok(&[
+        "run",
+        "-d",
+        "--name",
+        "boat",
+        "--network",
+        "none",
+        "-e",
+        "SAIL=red",
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ]);
+    let until_done = "while ! [ -e /d/f ]; do :; done; stat -c %a /etc/passwd";
+    while daemon.ok(&["exec", "boat", "sh", "-c", until_done]) != "600\n" {}
+    let id = daemon.ok(&[
+        "commit",
+        "-a",
+        "me",
+        "-m",
+        "by hand",
+        "-c",
+        "CMD [\"cat\", \"/new\"]",
+        "boat",
+        "mine:1",
+    ]);
+    assert_eq!(daemon.ok(&["inspect", "--format", "{{.State.Paused}}", "boat"]), "false\n");
+    assert_eq!(daemon.ok(&["images", "-q", "--no-trunc", "mine:1"]), id);
+    assert_eq!(daemon.ok(&["run", "--rm", "--network", "none", "mine:1"]), "new\n");
+    let seen = daemon.ok(&[
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "mine:1",
+        "sh",
+        "-c",
+        "cat /d/f; ls /etc/group 2>/dev/null; stat -c %a /etc/passwd; echo $SAIL",
+    ]);
+    assert_eq!(seen, "1\n600\nred\n");
+    let history = daemon.ok(&["history", "--no-trunc", "mine:1"]);
+    assert!(history.contains("by hand") && history.contains("sh -c echo new"), "{history}");
+    daemon.ok(&["rm", "-f", "boat"]);
+
+    // Of a stopped container without changes: no layer.
+    daemon.ok(&["create", "--name", "idle", "--network", "none", "busybox"]);
+    daemon.ok(&["commit", "idle", "mine:2"]);
+    let layers = |image: &str| daemon.ok(&["image", "inspect", "--format", "{{len .RootFS.Layers}}", image]);
+    assert_eq!(layers("mine:2"), layers("busybox"));
+    let refused = daemon.fails(1, &["commit", "-c", "RUN x", "idle"]);
+    assert!(refused.contains("run is not a valid change command"), "{refused}");
+    assert!(daemon.fails(1, &["commit", "nothing"]).contains("No such container: nothing"));
+
+    // What is committed can be saved and loaded again.
+    let folder = tempfile::tempdir().unwrap();
+    let archive = folder.path().join("mine.tar");
+    daemon.ok(&["save", "-o", path(&archive), "mine:1"]);
+    daemon.ok(&["rmi", "mine:1"]);
+    daemon.ok(&["load", "-i", path(&archive)]);
+    assert_eq!(daemon.ok(&["run", "--rm", "--network", "none", "mine:1"]), "new\n");
+}

@@ -30,6 +30,7 @@ pub(super) async fn route(request: Request) -> Result<Response> {
         ("GET", ["images", name @ .., "get"]) if !name.is_empty() => {
             images::save::save(&request, vec![name.join("/")]).await
         }
+        ("POST", ["commit"]) => images::commit::commit(request).await,
         ("POST", ["images", "prune"]) => images::prune::prune(&request).await,
         ("POST", ["images", "load"]) => load::load(request).await,
         ("POST", ["images", "create"]) if request.query.get("fromSrc").is_some() => {
@@ -114,9 +115,6 @@ fn missing(method: &str, path: &[&str]) -> Error {
         (_, ["plugins", ..]) => "plugins are not supported by Coracle",
         ("POST", ["images", .., "push"]) => {
             "pushing is not supported by Coracle yet: use another tool to copy images to a registry"
-        }
-        ("POST", ["commit"]) => {
-            "committing containers is not supported by Coracle yet: build an image elsewhere and use `docker load`"
         }
         ("GET", ["containers", _, "attach", "ws"]) => {
             "attaching by WebSocket is not supported by Coracle: use a hijacked connection"

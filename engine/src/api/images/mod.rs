@@ -1,5 +1,6 @@
 //! `/images/*` except loading.
 
+pub(crate) mod commit;
 pub(crate) mod import;
 pub(crate) mod list;
 pub(crate) mod prune;
