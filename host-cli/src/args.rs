@@ -2,15 +2,17 @@
 
 mod container;
 mod image;
+mod registry;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub(crate) use container::{CreateOptions, ExecArgs, RunArgs, TimingsFormat};
+pub(crate) use container::{CreateOptions, ExecArgs, PullPolicy, RunArgs, TimingsFormat};
 pub(crate) use image::{
     HistoryArgs, ImageCommand, ImagesArgs, ImportArgs, LoadArgs, PruneArgs, RmiArgs, SaveArgs, TagArgs,
 };
+pub(crate) use registry::{LoginArgs, LogoutArgs, PullArgs, PushArgs, SearchArgs};
 
 /// What the environment can say.
 const ENVIRONMENT: &str = "\
@@ -49,6 +51,16 @@ pub(crate) enum Command {
     Version(JsonFlag),
     /// Say whether coracle can work here, and what is missing
     Doctor,
+    /// Get an image from a registry
+    Pull(PullArgs),
+    /// Send an image to a registry
+    Push(PushArgs),
+    /// Log in to a registry
+    Login(LoginArgs),
+    /// Log out from a registry
+    Logout(LogoutArgs),
+    /// Search for images in a registry
+    Search(SearchArgs),
     /// Load images from a tar archive or from standard input
     Load(LoadArgs),
     /// Write images as a tar archive to a file or to standard output

@@ -8,6 +8,7 @@ mod client;
 mod clock;
 mod commands;
 mod daemon;
+mod docker_config;
 mod docker_context;
 mod doctor;
 mod failure;

@@ -42,6 +42,28 @@ pub(crate) fn complain(text: &str) {
     let _ = io::stderr().lock().write_all(text.as_bytes());
 }
 
+/// Asks the person for a line; for a secret one nothing is shown.
+pub(crate) fn ask(prompt: &str, is_shown: bool) -> Result<String> {
+    if !stdin_is_terminal() {
+        bail!("cannot ask for a user name or a password: standard input is not a terminal");
+    }
+    complain(prompt);
+    let original = tcgetattr(io::stdin())?;
+    if !is_shown {
+        let mut hidden = original.clone();
+        hidden.local_modes.remove(rustix::termios::LocalModes::ECHO);
+        tcsetattr(io::stdin(), OptionalActions::Now, &hidden)?;
+    }
+    let mut line = String::new();
+    let read = io::stdin().read_line(&mut line);
+    tcsetattr(io::stdin(), OptionalActions::Now, &original)?;
+    if !is_shown {
+        complain("\n");
+    }
+    read?;
+    Ok(line.trim_end_matches(['\r', '\n']).to_owned())
+}
+
 /// The terminal on standard input in raw mode, until this is dropped.
 #[derive(Debug)]
 pub(crate) struct RawMode {

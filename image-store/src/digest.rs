@@ -50,6 +50,13 @@ fn clip(text: &str) -> String {
     text.chars().take(128).collect()
 }
 
+/// Of what was hashed so far.
+impl From<Sha256> for Digest {
+    fn from(hasher: Sha256) -> Self {
+        Self(hasher.finalize().into())
+    }
+}
+
 impl FromStr for Digest {
     type Err = InvalidDigest;
 

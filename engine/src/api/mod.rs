@@ -13,6 +13,7 @@ pub(crate) mod logs;
 pub mod private;
 pub(crate) mod prune;
 pub(crate) mod pull;
+pub(crate) mod push;
 pub(crate) mod registry;
 pub(crate) mod stats;
 pub(crate) mod system;

@@ -3,7 +3,7 @@
 use super::{Request, Response};
 use crate::{
     api::{
-        archive, attach, containers, create, events, exec, images, load, logs, private, prune, pull,
+        archive, attach, containers, create, events, exec, images, load, logs, private, prune, pull, push,
         registry, stats, system, top, update, wait,
     },
     error::{Error, Result},
@@ -47,6 +47,10 @@ pub(super) async fn route(request: Request) -> Result<Response> {
         }
         ("GET", ["images", name @ .., "history"]) if !name.is_empty() => {
             images::history(&request, &name.join("/")).await
+        }
+        ("POST", ["images", name @ .., "push"]) if !name.is_empty() => {
+            let name = name.join("/");
+            push::push(request, &name).await
         }
         ("POST", ["images", name @ .., "tag"]) if !name.is_empty() => {
             images::tag(&request, &name.join("/")).await
@@ -113,9 +117,6 @@ fn missing(method: &str, path: &[&str]) -> Error {
             "swarm mode is not supported by Coracle: run containers one by one or with Compose"
         }
         (_, ["plugins", ..]) => "plugins are not supported by Coracle",
-        ("POST", ["images", .., "push"]) => {
-            "pushing is not supported by Coracle yet: use another tool to copy images to a registry"
-        }
         ("GET", ["containers", _, "attach", "ws"]) => {
             "attaching by WebSocket is not supported by Coracle: use a hijacked connection"
         }

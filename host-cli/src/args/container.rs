@@ -23,6 +23,14 @@ pub(crate) struct RunArgs {
     pub(crate) timings: Option<TimingsFormat>,
 }
 
+/// When an image is pulled before a container is made of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PullPolicy {
+    Always,
+    Missing,
+    Never,
+}
+
 /// How timings are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum TimingsFormat {
@@ -42,6 +50,9 @@ pub(crate) struct CreateOptions {
     /// Remove it when it has ended
     #[arg(long)]
     pub(crate) rm: bool,
+    /// When to get the image from a registry
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = PullPolicy::Missing)]
+    pub(crate) pull: PullPolicy,
     /// Its name
     #[arg(long)]
     name: Option<String>,

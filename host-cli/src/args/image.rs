@@ -4,9 +4,15 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
+use super::registry::{PullArgs, PushArgs};
+
 /// Commands on images, as `docker image` groups them.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
+    /// Get an image from a registry
+    Pull(PullArgs),
+    /// Send an image to a registry
+    Push(PushArgs),
     /// List images
     #[command(name = "ls", alias = "list")]
     List(ImagesArgs),

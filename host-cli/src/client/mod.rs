@@ -11,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE};
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
@@ -19,6 +20,8 @@ use hyper_util::rt::TokioIo;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
+
+use crate::docker_config::Login;
 
 pub(crate) use autostart::{connect, connect_running};
 
@@ -118,6 +121,22 @@ impl Docker {
     pub(crate) async fn call(&self, method: Method, path: &str, body: Body) -> Result<Response<Incoming>> {
         let request = self.request(method, path).body(body)?;
         accepted(self.send(request).await?).await
+    }
+
+    /// Makes a call as someone whom a registry knows.
+    pub(crate) async fn call_as(
+        &self,
+        method: Method,
+        path: &str,
+        login: Option<&Login>,
+        body: Body,
+    ) -> Result<Response<Incoming>> {
+        let mut request = self.request(method, path);
+        if let Some(login) = login {
+            let json = serde_json::to_vec(login).map_err(ClientError::Answer)?;
+            request = request.header("X-Registry-Auth", URL_SAFE.encode(json));
+        }
+        accepted(self.send(request.body(body)?).await?).await
     }
 
     /// Makes a call that turns the connection into a stream.

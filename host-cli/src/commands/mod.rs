@@ -12,10 +12,12 @@ mod load;
 mod logs;
 mod prune;
 mod ps;
+mod registry;
 mod run;
 mod save;
 mod session;
 mod status;
+mod transfer;
 mod up;
 mod version;
 
@@ -32,6 +34,11 @@ pub(crate) async fn run(command: Command, home: Home, started: u64) -> Outcome {
         Command::Down(args) => up::down(&home, &args).await,
         Command::Status(args) => status::run(&home, args.json).await,
         Command::Version(args) => version::run(&home, args.json).await,
+        Command::Pull(args) | Command::Image(ImageCommand::Pull(args)) => transfer::pull(&home, &args).await,
+        Command::Push(args) | Command::Image(ImageCommand::Push(args)) => transfer::push(&home, &args).await,
+        Command::Login(args) => registry::log_in(&home, &args).await,
+        Command::Logout(args) => registry::log_out(&args),
+        Command::Search(args) => registry::search(&home, &args).await,
         Command::Load(args) | Command::Image(ImageCommand::Load(args)) => load::run(&home, &args).await,
         Command::Save(args) | Command::Image(ImageCommand::Save(args)) => save::run(&home, &args).await,
         Command::Import(args) | Command::Image(ImageCommand::Import(args)) => import::run(&home, &args).await,

@@ -6,11 +6,15 @@
 use std::pin::pin;
 
 use anyhow::Context;
+use coracle_image_store::Reference;
 use serde::Deserialize;
 
-use super::session::{Ended, Exit, Session, Target, start_failure_code};
+use super::{
+    session::{Ended, Exit, Session, Target, start_failure_code},
+    transfer::{Talk, pull_image},
+};
 use crate::{
-    args::{AttachArgs, CreateOptions, RunArgs, SessionArgs, StartArgs},
+    args::{AttachArgs, CreateOptions, PullPolicy, RunArgs, SessionArgs, StartArgs},
     client::{self, ClientError, Docker, escape, stream::FirstByte},
     failure::{Failure, Outcome},
     paths::Home,
@@ -118,26 +122,35 @@ async fn create(docker: &Docker, options: &CreateOptions, attached: bool) -> Res
         None => "/containers/create".to_owned(),
     };
     let image = options.image();
-    let created: Created = match docker.post_json(&path, &options.body(attached)?).await {
-        Ok(created) => created,
-        Err(error) => {
-            let hint = error
-                .is_not_found()
-                .then_some("`coracle images` lists what is there; `coracle load` adds images");
-            let failure = Failure::from(
-                anyhow::Error::new(error).context(format!("cannot create a container of {image}")),
-            );
-            let failure = failure.code(OWN_FAILURE);
-            return Err(match hint {
-                Some(hint) => failure.hint(hint),
-                None => failure,
-            });
-        }
-    };
+    let body = options.body(attached)?;
+    if options.pull == PullPolicy::Always {
+        pull(docker, image).await?;
+    }
+    let mut made: Result<Created, ClientError> = docker.post_json(&path, &body).await;
+    if options.pull == PullPolicy::Missing && made.as_ref().is_err_and(is_image_missing) {
+        let shown = Reference::parse(image).map_or_else(|_| image.to_owned(), |name| name.to_string());
+        terminal::complain(&format!("Unable to find image '{shown}' locally\n"));
+        pull(docker, image).await?;
+        made = docker.post_json(&path, &body).await;
+    }
+    let created = made
+        .with_context(|| format!("cannot create a container of {image}"))
+        .map_err(|error| Failure::from(error).code(OWN_FAILURE))?;
     for warning in created.warnings.unwrap_or_default() {
         terminal::complain(&format!("coracle: {warning}\n"));
     }
     Ok(created.id)
+}
+
+fn is_image_missing(error: &ClientError) -> bool {
+    error.is_not_found() && error.to_string().contains("No such image")
+}
+
+/// Gets an image before a container is made of it.
+async fn pull(docker: &Docker, image: &str) -> Result<(), Failure> {
+    let reference = Reference::parse(image).map_err(|error| Failure::new(error).code(OWN_FAILURE))?;
+    let pulling = pull_image(docker, &reference, false, None, Talk::Aside);
+    pulling.await.map_err(|failure| failure.code(OWN_FAILURE))
 }
 
 /// Starts a container; a failure has Docker's exit code for it.

@@ -55,6 +55,9 @@ pub enum RegistryError {
     /// It wants a user name and a password, and there are none.
     #[error("no basic auth credentials for the registry {0}")]
     NoCredentials(String),
+    /// What is to be pushed is not here.
+    #[error("An image does not exist locally with the tag: {0}")]
+    NotLocal(String),
     /// An index has no image for this platform.
     #[error("no matching manifest for {0} in the manifest list entries")]
     NoPlatform(Platform),
@@ -210,6 +213,7 @@ impl RegistryError {
             Self::AccessDenied { .. }
             | Self::ManifestUnknown { .. }
             | Self::RepositoryUnknown { .. }
+            | Self::NotLocal(_)
             | Self::NoPlatform(_)
             | Self::OtherPlatform { .. } => Kind::NotFound,
             Self::Refused(refusal) => refusal.kind(),

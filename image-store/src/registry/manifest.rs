@@ -75,7 +75,21 @@ struct Anything {
     manifests: Option<Vec<serde_json::Value>>,
 }
 
+impl Descriptor {
+    pub(super) fn new(media_type: &str, size: u64, digest: Digest) -> Self {
+        let annotations = serde_json::Map::new();
+        Self { media_type: media_type.to_owned(), size, digest, platform: None, annotations }
+    }
+}
+
 impl Document {
+    /// Parses what the store kept, which says itself what it is, unless it is OCI's.
+    pub(crate) fn parse_stored(json: &[u8]) -> Result<Self, RegistryError> {
+        Self::parse(None, json)
+            .or_else(|_| Self::parse(Some(OCI_MANIFEST), json))
+            .map(|(document, _)| document)
+    }
+
     /// Parses what came under this `Content-Type`.
     pub fn parse(content_type: Option<&str>, json: &[u8]) -> Result<(Self, String), RegistryError> {
         let what = "manifest";
@@ -213,6 +227,20 @@ pub(super) fn choose<'a>(
     // Of equals the first counts.
     let best = ranked.min_by_key(|(rank, _)| *rank);
     best.map(|(_, entry)| entry).ok_or_else(|| RegistryError::NoPlatform(wanted.clone()))
+}
+
+/// A manifest as it is pushed: Docker's, schema 2.
+pub(super) fn render(config: &Descriptor, layers: &[Descriptor]) -> Vec<u8> {
+    #[derive(Serialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Rendered<'a> {
+        schema_version: u8,
+        media_type: &'static str,
+        config: &'a Descriptor,
+        layers: &'a [Descriptor],
+    }
+    let rendered = Rendered { schema_version: 2, media_type: DOCKER_MANIFEST, config, layers };
+    serde_json::to_vec_pretty(&rendered).expect("descriptors have no maps with odd keys")
 }
 
 #[cfg(test)]

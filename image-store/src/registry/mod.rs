@@ -9,11 +9,13 @@ mod error;
 mod http_client;
 pub mod manifest;
 mod pull;
+mod push;
 mod repository;
 mod search;
 mod session;
 mod settings;
 mod tls;
+mod upload;
 
 use std::sync::Arc;
 
@@ -22,6 +24,7 @@ use crate::store::ImageStore;
 
 pub use error::{Refusal, RegistryError, RegistryErrorKind};
 pub use pull::{LayerStatus, Pull, PullEvent, Pulled};
+pub use push::{PushEvent, PushStatus, Pushed};
 pub use search::{Found, Inspected};
 pub use session::Credentials;
 pub use settings::{Proxies, RegistrySettings, Retries, check_mirror};

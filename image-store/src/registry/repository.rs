@@ -43,6 +43,12 @@ impl Repository {
         Self { session, reference: reference.clone(), scopes }
     }
 
+    /// The same, with more to be allowed by the token.
+    pub(super) fn with_scopes(mut self, more: impl IntoIterator<Item = String>) -> Self {
+        self.scopes = self.scopes.iter().cloned().chain(more).collect();
+        self
+    }
+
     pub(super) fn url(&self, path: &str) -> Result<Url, RegistryError> {
         self.session.url(&format!("{}/{path}", self.reference.path()))
     }

@@ -50,6 +50,12 @@ impl ImageStore {
         Ok(NewLayer::convert(blob, self.files.scratch(), MAX_IMAGE)?)
     }
 
+    /// A temporary file, which is deleted when it is dropped.
+    pub(crate) fn scratch_file(&self, prefix: &str) -> Result<tempfile::NamedTempFile, Error> {
+        let made = tempfile::Builder::new().prefix(prefix).tempfile_in(self.files.scratch());
+        made.map_err(|source| Error::io("make a file in", self.files.scratch(), source))
+    }
+
     /// Gives a converted and verified layer its place.
     pub(crate) fn lease_new_layer(self: &Arc<Self>, layer: NewLayer) -> Result<LayerLease, Error> {
         let diff_id = layer.converted.diff_id;

@@ -11,6 +11,7 @@ mod files;
 mod image;
 mod lease;
 mod pins;
+mod pushed;
 mod remove;
 mod save;
 
@@ -38,6 +39,7 @@ pub use image::{HistoryLine, Image, ImageSummary, Layer};
 pub(crate) use lease::{LayerLease, NewImage};
 pub use pins::PinnedLayers;
 use pins::Pins;
+pub(crate) use pushed::KnownBlob;
 pub use remove::{ImageUser, Removal};
 pub use save::ImageArchive;
 
