@@ -7,8 +7,8 @@ use std::{path::Path, process::Stdio, sync::Arc};
 use bollard_stubs::models;
 use serde_json::Value;
 use support::{
-    Daemon, Machine,
-    registry::{Options, Registry, layout},
+    Daemon, Machine, layout,
+    registry::{Options, Registry},
     text,
 };
 

@@ -246,6 +246,29 @@ pub(crate) fn with_busybox() -> (Arc<Machine>, Daemon) {
     (machine, daemon)
 }
 
+/// An OCI layout with busybox in two layers, made by umoci; `oci:FOLDER:latest` for skopeo.
+pub(crate) fn layout(machine: &Machine) -> String {
+    let folder = machine.home.path().join("layout");
+    let image = format!("{}:latest", folder.display());
+    let root = busybox_rootfs(machine.home.path());
+    registry::run(Command::new("umoci").args(["init", "--layout"]).arg(&folder));
+    registry::run(Command::new("umoci").args(["new", "--image", &image]));
+    registry::run(Command::new("umoci").args(["insert", "--image", &image]).arg(root).arg("/"));
+    let more = machine.home.path().join("more");
+    std::fs::write(&more, "ahoy\n").unwrap();
+    registry::run(Command::new("umoci").args(["insert", "--image", &image]).arg(more).arg("/etc/more"));
+    registry::run(Command::new("umoci").args([
+        "config",
+        "--image",
+        &image,
+        "--config.cmd",
+        "sh",
+        "--config.env",
+        "PATH=/bin",
+    ]));
+    format!("oci:{image}")
+}
+
 pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

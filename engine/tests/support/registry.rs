@@ -1,4 +1,6 @@
-//! Debian's docker-registry on loopback, with or without a password and TLS, and images for it from skopeo and umoci.
+//! Debian's docker-registry on loopback, with or without a password and TLS.
+
+#![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::{
     io::{BufRead, BufReader},
@@ -6,8 +8,6 @@ use std::{
     process::{Child, Command, Stdio},
     thread,
 };
-
-use super::{Machine, busybox_rootfs, text};
 
 /// `sailor` with the password `ahoy`.
 const HTPASSWD: &str = "sailor:$2y$05$gvCDZk4pIyiqkyy0PvHcNuTwguKQifW25J8wv3mzAoB.Ia9zr/hWu\n";
@@ -90,29 +90,6 @@ impl Drop for Registry {
     }
 }
 
-/// An OCI layout with busybox in two layers, made by umoci; `oci:FOLDER:latest` for skopeo.
-pub(crate) fn layout(machine: &Machine) -> String {
-    let folder = machine.home.path().join("layout");
-    let image = format!("{}:latest", folder.display());
-    let root = busybox_rootfs(machine.home.path());
-    run(Command::new("umoci").args(["init", "--layout"]).arg(&folder));
-    run(Command::new("umoci").args(["new", "--image", &image]));
-    run(Command::new("umoci").args(["insert", "--image", &image]).arg(root).arg("/"));
-    let more = machine.home.path().join("more");
-    std::fs::write(&more, "ahoy\n").unwrap();
-    run(Command::new("umoci").args(["insert", "--image", &image]).arg(more).arg("/etc/more"));
-    run(Command::new("umoci").args([
-        "config",
-        "--image",
-        &image,
-        "--config.cmd",
-        "sh",
-        "--config.env",
-        "PATH=/bin",
-    ]));
-    format!("oci:{image}")
-}
-
 fn make_certificates(folder: &Path) {
     std::fs::write(folder.join("extensions"), "subjectAltName=IP:127.0.0.1,DNS:localhost\n").unwrap();
     let openssl = |args: &[&str]| run(Command::new("openssl").current_dir(folder).args(args));
@@ -142,5 +119,5 @@ fn make_certificates(folder: &Path) {
 
 pub(crate) fn run(command: &mut Command) {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(output.status.success(), "{command:?}: {}{}", text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }

@@ -6,6 +6,7 @@ mod common;
 mod double;
 mod hostile;
 mod pull;
+mod push;
 mod tokens;
 mod ways;
 
