@@ -18,6 +18,9 @@ const KEPT: usize = 256;
 /// How many events a listener may lag behind.
 const LAG: usize = 4096;
 
+/// Filters by the name of something that is neither a container nor an image.
+const OTHERS: [&str; 8] = ["config", "daemon", "network", "node", "plugin", "secret", "service", "volume"];
+
 /// Who or what an event is about.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Actor {
@@ -70,6 +73,12 @@ impl Event {
                 let untagged = |name: &str| name.split(':').next() == Some(wanted);
                 (self.kind == "image" && self.actor.id == wanted)
                     || name.is_some_and(|name| name == wanted || untagged(name))
+            })
+            && OTHERS.iter().all(|kind| {
+                filters.any(kind, |wanted| {
+                    self.kind == *kind
+                        && (self.actor.id.starts_with(wanted) || attribute("name") == Some(wanted))
+                })
             })
             && filters.labels("label", |name| attribute(name))
     }
@@ -190,6 +199,7 @@ mod tests {
             r#"{"type":["image"]}"#,
             r#"{"event":["die"]}"#,
             r#"{"label":["tier=back"]}"#,
+            r#"{"network":["web"]}"#,
             r#"{"container":["we"]}"#,
         ] {
             assert!(!event.matches(&filters(no)), "{no}");

@@ -158,7 +158,7 @@ pub(crate) fn attach(mut request: Request, id: &str) -> Result<Response> {
     }
     let log = container.log().filter(|_| logs).cloned();
     let (output, position) = container.fanout.subscribe(stdout, stderr, log.as_deref());
-    let shown = Shown { stdout, stderr, timestamps: false, framing };
+    let shown = Shown { stdout, stderr, timestamps: false, details: false, framing };
     let session = Session {
         replay: log.zip(position).map(|(log, position)| (log, position, shown)),
         output: stream.then_some(output),

@@ -141,7 +141,12 @@ pub(crate) async fn inspect(request: &Request, id: &str) -> Result<Response> {
 fn describe(container: &Arc<Container>, execs: &[String]) -> Value {
     let record = container.record();
     let command = record.config.command();
-    let log_path = container.log().map(|log| log.path().to_string_lossy().into_owned()).unwrap_or_default();
+    let tells_path = record.host_config.log_config.driver == "json-file";
+    let log_path = container
+        .log()
+        .filter(|_| tells_path)
+        .map(|log| log.path().to_string_lossy().into_owned())
+        .unwrap_or_default();
     json!({
         "Id": record.id.as_str(),
         "Created": record.created.rfc3339(),

@@ -77,10 +77,44 @@ fn check(filters: &Filters) -> Result<()> {
             bad.chars().take(40).collect::<String>()
         )));
     }
-    match ["expose", "is-task", "publish", "volume"].iter().find(|name| !filters.values(name).is_empty()) {
-        Some(name) => Err(Error::unsupported(format!("the filter `{name}` is not supported by Coracle yet"))),
-        None => Ok(()),
+    let truth = ["1", "0", "true", "false", "True", "False", "t", "f", "T", "F", "TRUE", "FALSE"];
+    if let Some(bad) = filters.values("is-task").iter().find(|value| !truth.contains(&value.as_str())) {
+        let shown: String = bad.chars().take(40).collect();
+        return Err(Error::invalid(format!("invalid filter 'is-task={shown}'")));
     }
+    for name in ["expose", "publish"] {
+        if let Some(bad) = filters.values(name).iter().find(|value| Ports::parse(value).is_none()) {
+            let shown: String = bad.chars().take(40).collect();
+            return Err(Error::invalid(format!("invalid filter '{name}={shown}'")));
+        }
+    }
+    Ok(())
+}
+
+/// A port or a range of ports with their protocol, as filters write them.
+struct Ports<'a> {
+    first: u16,
+    last: u16,
+    protocol: &'a str,
+}
+
+impl<'a> Ports<'a> {
+    fn parse(text: &'a str) -> Option<Self> {
+        let (range, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last) = (first.parse().ok()?, last.parse().ok()?);
+        let known = ["tcp", "udp", "sctp"].contains(&protocol);
+        (known && first <= last).then_some(Self { first, last, protocol })
+    }
+
+    fn meets(&self, other: &Ports<'_>) -> bool {
+        self.protocol == other.protocol && self.first <= other.last && other.first <= self.last
+    }
+}
+
+fn exposes(record: &Record, wanted: &str) -> bool {
+    let Some(wanted) = Ports::parse(wanted) else { return false };
+    record.config.exposed_ports.keys().filter_map(|port| Ports::parse(port)).any(|port| port.meets(&wanted))
 }
 
 /// Whether a container fits filters that need nothing but its record.
@@ -102,6 +136,11 @@ pub(super) fn matches(record: &Record, filters: &Filters) -> bool {
         })
         && filters.any("ancestor", ancestor)
         && filters.any("network", |wanted| wanted == network(record))
+        && filters.any("expose", |wanted| exposes(record, wanted))
+        // There is no swarm whose task a container could be, and no port is published and no volume mounted yet.
+        && filters.any("is-task", |wanted| matches!(wanted, "0" | "false" | "False" | "f" | "F" | "FALSE"))
+        && filters.values("publish").is_empty()
+        && filters.values("volume").is_empty()
         && filters.labels("label", |name| record.config.labels.get(name).map(String::as_str))
 }
 

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use super::refuse;
 use crate::{
     error::{Error, Result, chain},
     http::{
@@ -24,6 +23,8 @@ pub(super) struct Shown {
     pub(super) stdout: bool,
     pub(super) stderr: bool,
     pub(super) timestamps: bool,
+    /// The attributes before each line.
+    pub(super) details: bool,
     pub(super) framing: Framing,
 }
 
@@ -37,19 +38,27 @@ impl Shown {
                 Stream::Stderr => self.stderr,
             };
             let text = entry.text.as_bytes();
-            if wanted && self.timestamps {
-                let time = entry.time.rfc3339_fixed();
-                self.framing.append(&mut out, entry.stream, &[time.as_bytes(), b" ", text]);
-            } else if wanted {
-                self.framing.append(&mut out, entry.stream, &[text]);
+            if !wanted {
+                continue;
             }
+            let time = if self.timestamps { entry.time.rfc3339_fixed() + " " } else { String::new() };
+            let details = if self.details { details(entry) + " " } else { String::new() };
+            self.framing.append(&mut out, entry.stream, &[time.as_bytes(), details.as_bytes(), text]);
         }
         out.into()
     }
 }
 
+/// Attributes as in a query string, with commas between them.
+fn details(entry: &Entry) -> String {
+    let encoded = |(name, value): (&String, &String)| {
+        let pair = serde_urlencoded::to_string([(name, value)]);
+        pair.unwrap_or_default()
+    };
+    entry.attributes.iter().map(encoded).collect::<Vec<_>>().join(",")
+}
+
 pub(crate) fn logs(request: &Request, id: &str) -> Result<Response> {
-    refuse(request, "details", "--details")?;
     let query = &request.query;
     let container = request.core.containers.find(id)?;
     let tty = container.record().config.tty;
@@ -57,6 +66,7 @@ pub(crate) fn logs(request: &Request, id: &str) -> Result<Response> {
         stdout: query.flag("stdout"),
         stderr: query.flag("stderr"),
         timestamps: query.flag("timestamps"),
+        details: query.flag("details"),
         framing: Framing::of(tty),
     };
     if !shown.stdout && !shown.stderr {

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::list;
 use crate::{
-    container::state::Status,
+    container::{files, state::Status},
     error::{Error, Result},
     http::{Request, Response, body, filters::Filters},
     time::UnixNanos,
@@ -18,6 +18,7 @@ pub(crate) async fn containers(request: &Request) -> Result<Response> {
         _ => return Err(Error::invalid("more than one until filter specified")),
     };
     let mut removed = Vec::new();
+    let mut reclaimed: u64 = 0;
     for container in request.core.containers.all() {
         let record = container.record();
         let label = |wanted: &String| match wanted.split_once('=') {
@@ -30,12 +31,20 @@ pub(crate) async fn containers(request: &Request) -> Result<Response> {
         if !ended || unwanted || !old || !list::matches(&record, &filters) {
             continue;
         }
+        // No sandbox is started to be asked for sizes.
+        let size = match request.core.sandboxes.get(&record.sandbox).is_running() {
+            true => files::sizes(&request.core, &container).await.map_or(0, |(written, _)| written),
+            false => 0,
+        };
         match container.remove(false).await {
-            Ok(()) => removed.push(record.id.to_string()),
+            Ok(()) => {
+                removed.push(record.id.to_string());
+                reclaimed = reclaimed.saturating_add(size);
+            }
             Err(error) => tracing::warn!(%error, name = record.name, "cannot prune a container"),
         }
     }
-    Ok(body::ok(&json!({ "ContainersDeleted": removed, "SpaceReclaimed": 0 })))
+    Ok(body::ok(&json!({ "ContainersDeleted": removed, "SpaceReclaimed": reclaimed })))
 }
 
 /// A point in time, or a span before now (`24h`, `10m30s`).

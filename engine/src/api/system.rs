@@ -98,7 +98,7 @@ pub(crate) async fn info(request: &Request) -> Result<Response> {
         "Images": count_images,
         "Driver": "erofs",
         "DriverStatus": [["Layers", "one EROFS image each, under overlay"]],
-        "Plugins": { "Volume": [], "Network": [], "Authorization": null, "Log": ["json-file", "none"] },
+        "Plugins": { "Volume": [], "Network": [], "Authorization": null, "Log": ["json-file", "local", "none"] },
         "MemoryLimit": true,
         "SwapLimit": true,
         "CpuCfsPeriod": true,

@@ -8,6 +8,7 @@ pub(crate) mod capability;
 pub(crate) mod config;
 pub(crate) mod files;
 pub(crate) mod health;
+pub(crate) mod log_options;
 pub(crate) mod names;
 pub(crate) mod options;
 pub(crate) mod record;
@@ -37,7 +38,7 @@ use crate::{
 use actor::Message;
 use config::HostConfig;
 use health::{Health, HealthStatus};
-use options::LogKind;
+use log_options::LogKind;
 use record::{ContainerId, Record};
 use state::Status;
 
@@ -96,11 +97,14 @@ pub(crate) struct Container {
 impl Container {
     /// A container, and the receiving end for its task.
     fn new(record: Record, folder: &Path) -> Result<(Arc<Self>, mpsc::Receiver<Message>), LogError> {
-        let log = match options::check_log(&record.host_config.log_config) {
+        let options = &record.host_config.log_config;
+        let log = match log_options::check(options) {
             Ok(LogKind::JsonFile(limits)) => {
                 let path = folder.join(format!("{}-json.log", record.id));
-                Some(Arc::new(Log::open(&path, limits)?))
+                let attributes = log_options::attributes(options, &record.config);
+                Some(Arc::new(Log::with_attributes(&path, limits, attributes)?))
             }
+            Ok(LogKind::Local(limits)) => Some(Arc::new(Log::open(&folder.join("container.log"), limits)?)),
             _ => None,
         };
         let (inbox, messages) = mpsc::channel(INBOX);

@@ -9,15 +9,12 @@ use serde_json::{Map, Value};
 
 use super::{
     capability,
-    config::{Config, HostConfig, LogConfig, Ulimit, env_name},
-    refused, resources,
+    config::{Config, HostConfig, Ulimit, env_name},
+    log_options, refused, resources,
     restart::Policy,
     seccomp, signal,
 };
-use crate::{
-    error::{Error, Result},
-    logs::Limits,
-};
+use crate::error::{Error, Result};
 
 /// Docker's size of /dev/shm.
 pub(crate) const DEFAULT_SHM: i64 = 64 * 1024 * 1024;
@@ -77,7 +74,7 @@ impl CreateRequest {
         }
         check_network(&host_config.network_mode)?;
         check_restart_policy(host_config)?;
-        check_log(&host_config.log_config)?;
+        log_options::check(&host_config.log_config)?;
         security(&host_config.security_opt)?;
         capability::resolve(&host_config.cap_add, &host_config.cap_drop)?;
         rlimits(&host_config.ulimits)?;
@@ -168,75 +165,6 @@ fn check_restart_policy(host_config: &HostConfig) -> Result<()> {
         return Err(Error::invalid("can't create 'AutoRemove' container with restart policy"));
     }
     Ok(())
-}
-
-/// Which log a container has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum LogKind {
-    /// Docker's json-file format.
-    JsonFile(Limits),
-    /// Output is kept nowhere.
-    None,
-}
-
-/// Reads a log configuration.
-pub(crate) fn check_log(log: &LogConfig) -> Result<LogKind> {
-    match log.driver.as_str() {
-        "" | "json-file" => json_file_limits(log).map(LogKind::JsonFile),
-        "none" => Ok(LogKind::None),
-        other => Err(refused::missing(&format!("--log-driver {other}"), "HostConfig.LogConfig.Type")),
-    }
-}
-
-fn json_file_limits(log: &LogConfig) -> Result<Limits> {
-    let mut limits = Limits { max_size: None, max_file: 1 };
-    for (name, value) in &log.config {
-        match name.as_str() {
-            "max-size" if value == "-1" => {}
-            "max-size" => {
-                limits.max_size = Some(size(value).filter(|size| *size > 0).ok_or_else(|| {
-                    Error::invalid(format!(
-                        "invalid value for max-size: {value}, expected a size such as 10m"
-                    ))
-                })?)
-            }
-            "max-file" => {
-                limits.max_file =
-                    value.parse().ok().filter(|count| (1..=1000).contains(count)).ok_or_else(|| {
-                        Error::invalid(format!(
-                            "invalid value for max-file: {value}, expected a number from 1 to 1000"
-                        ))
-                    })?;
-            }
-            "compress" if value == "false" => {}
-            "compress" | "labels" | "labels-regex" | "env" | "env-regex" | "tag" | "mode"
-            | "max-buffer-size" => {
-                return Err(refused::missing(&format!("--log-opt {name}"), "HostConfig.LogConfig.Config"));
-            }
-            other => {
-                return Err(Error::invalid(format!("unknown log opt '{other}' for json-file log driver")));
-            }
-        }
-    }
-    if limits.max_file > 1 && limits.max_size.is_none() {
-        return Err(Error::invalid("max-file cannot be more than 1 when max-size is not set"));
-    }
-    Ok(limits)
-}
-
-/// Reads `10m`, `1g`, `512` (bytes, powers of 1024).
-fn size(text: &str) -> Option<u64> {
-    let lower = text.to_ascii_lowercase();
-    let lower = lower.strip_suffix('b').unwrap_or(&lower);
-    let lower = lower.strip_suffix('i').unwrap_or(lower);
-    let (digits, shift) = match lower.chars().last()? {
-        'k' => (&lower[..lower.len() - 1], 10),
-        'm' => (&lower[..lower.len() - 1], 20),
-        'g' => (&lower[..lower.len() - 1], 30),
-        't' => (&lower[..lower.len() - 1], 40),
-        _ => (lower, 0),
-    };
-    digits.trim().parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 /// What `--security-opt` says.
@@ -427,13 +355,5 @@ mod tests {
             r#"{"Image":"x","Env":null,"Cmd":null,"Frobnicate":1,"HostConfig":{"CapAdd":null,"PidsLimit":null}}"#,
         );
         assert!(request.unwrap().config.env.is_empty());
-    }
-
-    #[test]
-    fn log_options_are_read() {
-        let request =
-            host(r#"{"LogConfig":{"Type":"json-file","Config":{"max-size":"10m","max-file":"3"}}}"#).unwrap();
-        let kind = check_log(&request.host_config.log_config).unwrap();
-        assert_eq!(kind, LogKind::JsonFile(Limits { max_size: Some(10 << 20), max_file: 3 }));
     }
 }

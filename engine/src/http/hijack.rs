@@ -119,6 +119,7 @@ where
         // The server serves nothing but Unix sockets.
         let Ok(parts) = upgraded.downcast::<TokioIo<UnixStream>>() else { return };
         let stream = parts.io.into_inner();
+        super::unread::read_by_peer(&stream).await;
         let Ok(presence) = Presence::of(&stream) else { return };
         let (half, write_half) = stream.into_split();
         session(Incoming { buffered: parts.read_buf, half }, Outgoing { half: write_half }, presence).await;

@@ -7,6 +7,7 @@ pub(crate) mod hijack;
 pub(crate) mod query;
 mod router;
 pub(crate) mod server;
+mod unread;
 pub(crate) mod version;
 
 use std::{sync::Arc, time::Instant};

@@ -1,7 +1,9 @@
-//! One line of a json-file log: `{"log":…,"stream":…,"time":…}`, byte for byte as Docker writes it.
+//! One line of a json-file log: `{"log":…,"stream":…,"attrs":…,"time":…}`, byte for byte as Docker writes it.
 //!
 //! A container's output may be any bytes; what is no UTF-8 becomes U+FFFD. A line of a file that cannot be read as an entry
 //! is reported as such and never stops a reader.
+
+use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
@@ -15,15 +17,35 @@ pub(crate) struct Entry {
     pub(crate) time: UnixNanos,
     /// Ends with a newline unless the line goes on in the next entry or the output ended without one.
     pub(crate) text: String,
+    /// What the container's log options say is to be noted with each line.
+    pub(crate) attributes: BTreeMap<String, String>,
 }
 
 /// Appends an entry's line to a buffer.
-pub(super) fn encode(out: &mut Vec<u8>, stream: Stream, time: UnixNanos, bytes: &[u8]) {
+pub(super) fn encode(
+    out: &mut Vec<u8>,
+    stream: Stream,
+    time: UnixNanos,
+    bytes: &[u8],
+    attributes: &BTreeMap<String, String>,
+) {
     out.extend_from_slice(b"{\"log\":\"");
     escape(out, bytes);
     out.extend_from_slice(b"\",\"stream\":\"");
     out.extend_from_slice(stream.name().as_bytes());
-    out.extend_from_slice(b"\",\"time\":\"");
+    out.push(b'"');
+    if !attributes.is_empty() {
+        out.extend_from_slice(b",\"attrs\":{");
+        for (number, (name, value)) in attributes.iter().enumerate() {
+            out.extend_from_slice(if number == 0 { b"\"" } else { b",\"" });
+            escape(out, name.as_bytes());
+            out.extend_from_slice(b"\":\"");
+            escape(out, value.as_bytes());
+            out.push(b'"');
+        }
+        out.push(b'}');
+    }
+    out.extend_from_slice(b",\"time\":\"");
     out.extend_from_slice(time.rfc3339().as_bytes());
     out.extend_from_slice(b"\"}\n");
 }
@@ -62,6 +84,8 @@ pub(super) fn decode(line: &[u8]) -> Option<Entry> {
     struct Line {
         log: String,
         stream: String,
+        #[serde(default)]
+        attrs: BTreeMap<String, String>,
         time: String,
     }
     let line: Line = serde_json::from_slice(line).ok()?;
@@ -70,7 +94,7 @@ pub(super) fn decode(line: &[u8]) -> Option<Entry> {
         "stderr" => Stream::Stderr,
         _ => return None,
     };
-    Some(Entry { stream, time: line.time.parse().ok()?, text: line.log })
+    Some(Entry { stream, time: line.time.parse().ok()?, text: line.log, attributes: line.attrs })
 }
 
 #[cfg(test)]
@@ -81,7 +105,7 @@ mod tests {
 
     fn line(bytes: &[u8]) -> String {
         let mut out = Vec::new();
-        encode(&mut out, Stream::Stderr, UnixNanos(1_500_000_000), bytes);
+        encode(&mut out, Stream::Stderr, UnixNanos(1_500_000_000), bytes, &BTreeMap::new());
         String::from_utf8(out).unwrap()
     }
 
@@ -97,12 +121,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn text_survives_the_file(text: String, nanos in 0i64..=4_000_000_000_000_000_000) {
+        fn text_survives_the_file(
+            text: String,
+            attributes in proptest::collection::btree_map(any::<String>(), any::<String>(), 0..3),
+            nanos in 0i64..=4_000_000_000_000_000_000,
+        ) {
             let mut out = Vec::new();
-            encode(&mut out, Stream::Stdout, UnixNanos(nanos), text.as_bytes());
+            encode(&mut out, Stream::Stdout, UnixNanos(nanos), text.as_bytes(), &attributes);
             prop_assert_eq!(out.iter().filter(|b| **b == b'\n').count(), 1);
             let entry = decode(&out[..out.len() - 1]).unwrap();
-            prop_assert_eq!(entry, Entry { stream: Stream::Stdout, time: UnixNanos(nanos), text });
+            prop_assert_eq!(entry, Entry { stream: Stream::Stdout, time: UnixNanos(nanos), text, attributes });
         }
 
         #[test]

@@ -5,6 +5,7 @@
 //! is cut off when the log is opened again.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsString,
     fs::{File, OpenOptions},
     io::{self, Write},
@@ -61,6 +62,8 @@ struct Inner {
 pub(crate) struct Log {
     path: PathBuf,
     limits: Limits,
+    /// Noted with each line.
+    attributes: BTreeMap<String, String>,
     inner: Mutex<Inner>,
     position: watch::Sender<Position>,
 }
@@ -68,6 +71,15 @@ pub(crate) struct Log {
 impl Log {
     /// Opens or makes the log.
     pub(crate) fn open(path: &Path, limits: Limits) -> Result<Self, LogError> {
+        Self::with_attributes(path, limits, BTreeMap::new())
+    }
+
+    /// Opens or makes the log; these are noted with each line.
+    pub(crate) fn with_attributes(
+        path: &Path,
+        limits: Limits,
+        attributes: BTreeMap<String, String>,
+    ) -> Result<Self, LogError> {
         let open = || -> io::Result<(File, u64)> {
             let mut options = OpenOptions::new();
             options.read(true).append(true).create(true);
@@ -87,7 +99,7 @@ impl Log {
             failing: false,
         };
         let (position, _) = watch::channel(Position { rotations: 0, size, active: false });
-        Ok(Self { path: path.to_owned(), limits, inner: Mutex::new(inner), position })
+        Ok(Self { path: path.to_owned(), limits, attributes, inner: Mutex::new(inner), position })
     }
 
     /// A process is about to write. With `resumed_since`, it is one that wrote to this log before, to an earlier daemon, since
@@ -110,7 +122,7 @@ impl Log {
         let mut inner = self.lock();
         let mut lines = Vec::new();
         let Inner { splitter, duplicates, .. } = &mut *inner;
-        splitter.push(stream, time, bytes, |piece| take(duplicates, &mut lines, &piece));
+        splitter.push(stream, time, bytes, |piece| take(duplicates, &mut lines, &piece, &self.attributes));
         self.append(&mut inner, &lines);
         inner.splitter.is_idle()
     }
@@ -120,7 +132,7 @@ impl Log {
         let mut inner = self.lock();
         let mut lines = Vec::new();
         let Inner { splitter, duplicates, .. } = &mut *inner;
-        splitter.flush(|piece| take(duplicates, &mut lines, &piece));
+        splitter.flush(|piece| take(duplicates, &mut lines, &piece, &self.attributes));
         inner.active = false;
         inner.duplicates = None;
         self.append(&mut inner, &lines);
@@ -258,7 +270,12 @@ impl Log {
 }
 
 /// Encodes a piece unless it is in the file already.
-fn take(duplicates: &mut Option<Duplicates>, lines: &mut Vec<u8>, piece: &Piece) {
+fn take(
+    duplicates: &mut Option<Duplicates>,
+    lines: &mut Vec<u8>,
+    piece: &Piece,
+    attributes: &BTreeMap<String, String>,
+) {
     if let Some(known) = duplicates {
         if piece.time < known.newest {
             return;
@@ -269,7 +286,7 @@ fn take(duplicates: &mut Option<Duplicates>, lines: &mut Vec<u8>, piece: &Piece)
         }
         *duplicates = None;
     }
-    format::encode(lines, piece.stream, piece.time, &piece.bytes);
+    format::encode(lines, piece.stream, piece.time, &piece.bytes, attributes);
 }
 
 /// Shortens the file to its last newline; gives the length.
