@@ -54,15 +54,9 @@ pub(crate) async fn start(mut request: Request, id: &str) -> Result<Response> {
         to_its_end(&request.core, async move { exec.start(&core, size).await }).await?;
         return Ok(body::empty(StatusCode::OK));
     }
-    let tty = exec.config.tty;
-    if options.tty != tty {
-        tracing::debug!(
-            exec = exec.id.short(),
-            "a client starts an exec with another idea of its terminal than it was made with"
-        );
-    }
-    let content_type = content_type(tty, request.version);
-    let session = session(&exec, tty)?;
+    // As in Docker, whoever starts it says how its output comes, whether or not it has a terminal.
+    let content_type = content_type(options.tty, request.version);
+    let session = session(&exec, Framing::of(options.tty))?;
     if hijack::wants_upgrade(&request) {
         return hijack::hijack(
             &mut request,
@@ -96,15 +90,16 @@ pub(crate) async fn start(mut request: Request, id: &str) -> Result<Response> {
     plain(&request, &exec, session, content_type, options.console_size).await
 }
 
-fn session(exec: &Arc<Exec>, tty: bool) -> Result<Session> {
+fn session(exec: &Arc<Exec>, framing: Framing) -> Result<Session> {
     let config = &exec.config;
+    let tty = config.tty;
     let (output, _) = exec.fanout.subscribe(config.attach_stdout, config.attach_stderr, None);
     let keys = (!config.detach_keys.is_empty()).then_some(config.detach_keys.as_str());
     Ok(Session {
         replay: None,
         output: Some(output),
         input: config.attach_stdin.then(|| exec.stdin.sender()),
-        framing: Framing::of(tty),
+        framing,
         closes_stdin: !tty,
         detach: if tty && config.attach_stdin { Some(DetachKeys::parse(keys)?) } else { None },
     })
