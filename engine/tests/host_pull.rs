@@ -27,9 +27,13 @@ fn an_image_is_pulled_run_and_pulled_again() {
     let (_machine, daemon, registry) = with_registry(&Options::default(), &[]);
     let name = registry.name("library/busybox:1");
     let pulled = daemon.ok(&["pull", &name]);
-    for line in
-        ["1: Pulling from", "Pulling fs layer", "Verifying Checksum", "Download complete", "Pull complete"]
-    {
+    for line in [
+        "1: Pulling from library/busybox\n",
+        "Pulling fs layer",
+        "Verifying Checksum",
+        "Download complete",
+        "Pull complete",
+    ] {
         assert!(pulled.contains(line), "{pulled}");
     }
     assert!(pulled.contains("Digest: sha256:"), "{pulled}");

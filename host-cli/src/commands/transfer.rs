@@ -179,6 +179,10 @@ impl Board {
 impl Drop for Board {
     fn drop(&mut self) {
         self.by_id.values().for_each(ProgressBar::abandon);
+        if !self.by_id.is_empty() {
+            // What comes next begins a line of its own.
+            terminal::complain("\n");
+        }
     }
 }
 

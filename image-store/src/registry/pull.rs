@@ -57,7 +57,7 @@ pub enum LayerStatus {
 pub enum PullEvent {
     /// The registry has it.
     Pulling {
-        /// The repository as people write it.
+        /// The repository in the registry.
         repository: String,
         /// The tag or digest.
         name: String,
@@ -139,7 +139,7 @@ impl Registries {
             (None, tag) => tag.unwrap_or("latest").to_owned(),
         };
         let top = repository.manifest(&name, by_digest).await?;
-        tell(events, PullEvent::Pulling { repository: reference.familiar_name(), name }).await?;
+        tell(events, PullEvent::Pulling { repository: reference.path().to_owned(), name }).await?;
         let digest = top.digest;
         let (raw, image) = resolve(&repository, top, pull.platform.as_ref()).await?;
         let tag = reference.tag_only().filter(|_| by_digest.is_none());

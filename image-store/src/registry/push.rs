@@ -155,7 +155,7 @@ impl Registries {
         for (blob, from) in mounts(&known, &repository.reference) {
             let with_source = repository.clone().with_scopes([format!("repository:{}:pull", from.path())]);
             if Upload::mount(&with_source, &blob.digest, from.path()).await? {
-                tell(&events, diff_id, PushStatus::MountedFrom(from.familiar_name())).await?;
+                tell(&events, diff_id, PushStatus::MountedFrom(from.path().to_owned())).await?;
                 return Ok((diff_id, docker_layer(&blob)));
             }
         }
