@@ -32,12 +32,14 @@
 //! When the agent is ready it dials the host (vsock CID 2, port [`READY_PORT`]) and writes one line of JSON, a
 //! [`Hello`]. The connection stays open for as long as the agent lives.
 
+mod confinement;
 pub mod files;
 pub mod frame;
 mod id;
 mod seccomp;
 mod types;
 
+pub use confinement::*;
 pub use id::{DiffId, IdError, ProcessId};
 pub use seccomp::*;
 pub use types::*;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DiffId, ProcessId, Seccomp};
+use crate::{Device, DeviceRule, DiffId, IpcMode, PidMode, ProcessId, Seccomp};
 
 /// What the agent says first, on its own connection to the host.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -100,6 +100,36 @@ pub struct ContainerSpec {
     /// Which system calls its processes may make, those that join it included.
     #[serde(default)]
     pub seccomp: Seccomp,
+    /// All capabilities and devices, and a writable /sys. What is hidden or read-only in /proc is said apart.
+    #[serde(default)]
+    pub privileged: bool,
+    /// Its part of /sys/fs/cgroup is writable.
+    #[serde(default)]
+    pub writable_cgroups: bool,
+    /// Devices besides those that every container has.
+    #[serde(default)]
+    pub devices: Vec<Device>,
+    /// Further devices that it may use.
+    #[serde(default)]
+    pub device_rules: Vec<DeviceRule>,
+    /// Parameters of its own namespaces, by their names with dots.
+    #[serde(default)]
+    pub sysctls: BTreeMap<String, String>,
+    /// With whom it shares memory.
+    #[serde(default)]
+    pub ipc: IpcMode,
+    /// Whose processes it sees.
+    #[serde(default)]
+    pub pid: PidMode,
+    /// It has the guest's host name.
+    #[serde(default)]
+    pub host_uts: bool,
+    /// It sees the guest's cgroups.
+    #[serde(default)]
+    pub host_cgroups: bool,
+    /// Path of the group that its own is made in, below that of all containers; empty is that one itself.
+    #[serde(default)]
+    pub cgroup_parent: String,
 }
 
 /// A tmpfs in a container.

@@ -223,3 +223,122 @@ fn limits_are_changed_by_dockers_rules() {
     let refused = daemon.fails(1, &["create", "--oom-kill-disable", "--network", "none", "busybox"]);
     assert!(refused.contains("cgroup v2 has no such switch"), "{refused}");
 }
+
+#[test]
+fn containers_join_others_and_the_machine() {
+    let (_machine, daemon) = with_busybox();
+    let run = |args: &[&str], script: &str| {
+        daemon.ok(&[&["run", "--rm", "--network", "none"], args, &["busybox", "sh", "-c", script]].concat())
+    };
+    daemon.ok(&[
+        "run",
+        "-d",
+        "--name",
+        "donor",
+        "--network",
+        "none",
+        "--ipc",
+        "shareable",
+        "busybox",
+        "sleep",
+        "1000",
+    ]);
+    daemon.ok(&["exec", "donor", "sh", "-c", "echo shared > /dev/shm/note"]);
+    assert_eq!(run(&["--ipc", "container:donor"], "cat /dev/shm/note"), "shared\n");
+    daemon.ok(&[
+        "create",
+        "--name",
+        "joiner",
+        "--network",
+        "none",
+        "--pid",
+        "container:donor",
+        "busybox",
+        "cat",
+        "/proc/1/cmdline",
+    ]);
+    // A renamed container is still the same.
+    daemon.ok(&["rename", "donor", "giver"]);
+    assert_eq!(daemon.ok(&["start", "-a", "joiner"]), "sleep\x001000\0");
+    daemon.ok(&["run", "-d", "--name", "alone", "--network", "none", "busybox", "sleep", "1000"]);
+    let refused =
+        daemon.fails(125, &["run", "--rm", "--network", "none", "--ipc", "container:alone", "busybox"]);
+    assert!(refused.contains("non-shareable IPC (hint: use IpcMode:shareable"), "{refused}");
+    daemon.ok(&["kill", "giver"]);
+    assert!(daemon.fails(1, &["start", "joiner"]).contains("cannot join PID of a non running container"));
+    let missing =
+        daemon.fails(125, &["run", "--rm", "--network", "none", "--pid", "container:none", "busybox"]);
+    assert!(missing.contains("No such container: none"), "{missing}");
+
+    let machines =
+        |name: &str| std::fs::read_link(format!("/proc/self/ns/{name}")).unwrap().display().to_string();
+    let shared = run(
+        &["--pid", "host", "--ipc", "host", "--uts", "host", "--userns", "host"],
+        "cd /proc/self/ns; readlink pid ipc uts user",
+    );
+    let expected: Vec<String> = ["pid", "ipc", "uts", "user"].map(machines).to_vec();
+    assert_eq!(shared.lines().collect::<Vec<_>>(), expected);
+    assert!(
+        run(&["--cgroupns", "host", "--cgroup-parent", "/team"], "cat /proc/self/cgroup").contains("/team/")
+    );
+    assert_eq!(
+        run(
+            &["--sysctl", "net.core.somaxconn=77", "--annotation", "a=b", "--runtime", "runc"],
+            "cat /proc/sys/net/core/somaxconn"
+        ),
+        "77\n"
+    );
+    for (options, words) in [
+        (&["--sysctl", "kernel.core_pattern=x"][..], "is not in a separate kernel namespace"),
+        (&["--runtime", "kata"], "unknown or invalid runtime name: kata"),
+        (&["--isolation", "hyperv"], "linux only supports 'default'"),
+        (&["--uts", "host", "--hostname", "x"], "conflicting options"),
+        (
+            &["--device", "/dev/nosuch"],
+            "error gathering device information while adding custom device \"/dev/nosuch\"",
+        ),
+        (
+            &["--device-cgroup-rule", "c 1:3 rwm", "--device", "/etc/passwd"],
+            "error gathering device information",
+        ),
+    ] {
+        let refused =
+            daemon.docker(&[&["run", "--rm", "--network", "none"], options, &["busybox", "true"]].concat());
+        assert!(
+            !refused.status.success() && text(&refused.stderr).contains(words),
+            "{options:?}: {}",
+            text(&refused.stderr)
+        );
+    }
+    assert!(daemon.ok(&["ps", "-aq"]).lines().count() == 3);
+}
+
+#[test]
+fn a_privileged_container_has_everything() {
+    let (_machine, daemon) = with_busybox();
+    let script = "[ -c /dev/kmsg ] && echo device; grep -c ' /proc/kcore ' /proc/mounts; mkdir /sys/fs/cgroup/own && echo group; grep Seccomp: /proc/self/status";
+    let seen =
+        daemon.docker(&["run", "--rm", "--network", "none", "--privileged", "busybox", "sh", "-c", script]);
+    assert_eq!(text(&seen.stdout), "device\n0\ngroup\nSeccomp:\t0\n", "{}", text(&seen.stderr));
+    daemon.ok(&[
+        "run",
+        "-d",
+        "--name",
+        "all",
+        "--network",
+        "none",
+        "--privileged",
+        "busybox",
+        "sleep",
+        "1000",
+    ]);
+    let capabilities = |args: &[&str]| {
+        daemon.ok(&[&["exec"], args, &["all", "grep", "CapEff", "/proc/self/status"]].concat())
+    };
+    assert_eq!(capabilities(&[]), capabilities(&["--privileged"]));
+    assert_eq!(
+        daemon.ok(&["inspect", "-f", "{{.HostConfig.Privileged}} {{.HostConfig.Runtime}}", "all"]),
+        "true runc\n"
+    );
+    daemon.ok(&["rm", "-f", "all"]);
+}

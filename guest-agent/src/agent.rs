@@ -14,7 +14,7 @@ use coracle_agent_api::{
 };
 use tokio::sync::{Notify, watch};
 
-use crate::cgroup::Cgroups;
+use crate::cgroup::{Cgroups, Room};
 use crate::containers::{Container, Containers, Holdings};
 use crate::error::{AtStep, Result, conflict, from_io, not_found};
 use crate::fork_server::ForkServer;
@@ -38,6 +38,10 @@ pub(crate) struct Paths {
     pub cgroup: PathBuf,
     /// Name of the group that holds all containers.
     pub cgroup_name: String,
+    /// What all containers together leave to others.
+    pub room: Option<Room>,
+    /// What containers share with others through memory is mounted below this directory.
+    pub shm: PathBuf,
 }
 
 /// The agent.
@@ -52,6 +56,7 @@ pub(crate) struct Agent {
     seccomp: Arc<seccomp::Compiler>,
     reaper: Reaper,
     mount_point: String,
+    shm: PathBuf,
     die_with_agent: bool,
     shutdown: watch::Sender<bool>,
     descriptors_freed: Notify,
@@ -68,10 +73,11 @@ impl Agent {
     ) -> std::io::Result<Arc<Self>> {
         std::fs::create_dir_all(&paths.layers)?;
         std::fs::create_dir_all(&paths.mount_point)?;
+        std::fs::create_dir_all(&paths.shm)?;
         let mount_point = paths.mount_point.to_str().ok_or(std::io::ErrorKind::InvalidInput)?.to_owned();
         let reaper = Reaper::default();
         reaper.is_awaited(fork_server.pid());
-        let cgroups = Arc::new(Cgroups::new(&paths.cgroup, &paths.cgroup_name)?);
+        let cgroups = Arc::new(Cgroups::new(&paths.cgroup, &paths.cgroup_name, paths.room)?);
         Ok(Arc::new(Self {
             fork_server,
             processes: Registry::default(),
@@ -83,6 +89,7 @@ impl Agent {
             seccomp: Arc::default(),
             reaper,
             mount_point,
+            shm: paths.shm.clone(),
             die_with_agent,
             shutdown: watch::Sender::new(false),
             descriptors_freed: Notify::new(),

@@ -13,6 +13,7 @@ use tokio::io::AsyncWriteExt;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
 use crate::agent::{Agent, Paths};
+use crate::cgroup::Room;
 use crate::{Phases, cgroup, fork_server, hello, http, reap_orphans, runtime, sys};
 
 const DATA_DISK: &str = "/dev/vda";
@@ -20,6 +21,10 @@ const DATA: &str = "/data";
 const CGROUP: &str = "/sys/fs/cgroup";
 /// What the agent itself is guaranteed of the memory.
 const OWN_MEMORY: u64 = 32 * 1024 * 1024;
+/// The most that the kernel knows: whatever containers do, the agent has its turn at once.
+const MOST_WEIGHT: &str = "10000";
+/// What all containers together leave to the agent and the kernel.
+const ROOM: Room = Room { memory: 64 * 1024 * 1024, processes: 1024 };
 const MAX_FILES: u64 = 1_048_576;
 
 /// Whether this process is the first of a system.
@@ -73,6 +78,9 @@ fn mount_system() -> io::Result<()> {
         MountFlags::NOSUID | MountFlags::NOEXEC,
         c"ptmxmode=0666,mode=0620,gid=5",
     )?;
+    // For containers that share the guest's own.
+    std::fs::create_dir_all("/dev/shm")?;
+    mount("shm", "/dev/shm", "tmpfs", plain, c"mode=1777")?;
     mount("cgroup2", CGROUP, "cgroup2", plain, None)?;
     sys::loopback_up()
 }
@@ -104,6 +112,10 @@ fn own_cgroup() -> io::Result<()> {
     if minimum.exists() {
         std::fs::write(minimum, OWN_MEMORY.to_string())?;
     }
+    let weight = group.join("cpu.weight");
+    if weight.exists() {
+        std::fs::write(weight, MOST_WEIGHT)?;
+    }
     Ok(())
 }
 
@@ -114,6 +126,8 @@ async fn serve(fork_server: fork_server::Unattached, mut phases: Phases) -> io::
         mount_point: "/root".into(),
         cgroup: CGROUP.into(),
         cgroup_name: "coracle".to_owned(),
+        room: Some(ROOM),
+        shm: "/run/shm".into(),
     };
     let agent = Agent::new(&paths, fork_server.attach()?, false)?;
     tokio::spawn(reap_orphans(agent.clone()));

@@ -39,6 +39,8 @@ pub fn run(options: &Options) -> io::Result<()> {
         layers: run.join("layers"),
         mount_point: run.join("root"),
         cgroup: run.join("cgroup"),
+        room: None,
+        shm: run.join("shm"),
         cgroup_name: format!("coracle-{}", std::process::id()),
         data,
     };

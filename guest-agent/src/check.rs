@@ -1,6 +1,6 @@
 //! Checks requests before anything is done for them: what is out of range is refused by name.
 
-use coracle_agent_api::{ContainerSpec, ProcessSpec, Resources};
+use coracle_agent_api::{ContainerSpec, IpcMode, ProcessId, ProcessSpec, Resources};
 
 use crate::child;
 use crate::error::{Result, invalid};
@@ -8,6 +8,8 @@ use crate::layers;
 
 /// The kernel's limit for host and domain names.
 const MAX_NAME: usize = 64;
+/// Groups between that of all containers and a container's own.
+const MAX_GROUPS: usize = 8;
 
 /// Checks a container.
 pub(crate) fn container(spec: &ContainerSpec) -> Result<()> {
@@ -28,7 +30,67 @@ pub(crate) fn container(spec: &ContainerSpec) -> Result<()> {
     for (what, path) in files.chain(masked).chain(readonly) {
         absolute(what, path)?;
     }
+    for device in &spec.devices {
+        absolute("device", &device.path)?;
+        in_dev(&device.source)?;
+    }
+    for name in spec.sysctls.keys() {
+        sysctl(name, spec)?;
+    }
+    cgroup_parent(&spec.cgroup_parent)?;
     resources(&spec.resources)
+}
+
+/// Parameters that belong to the container's own namespaces, and to no one else's.
+fn sysctl(name: &str, spec: &ContainerSpec) -> Result<()> {
+    const IPC: [&str; 8] = [
+        "kernel/msgmax",
+        "kernel/msgmnb",
+        "kernel/msgmni",
+        "kernel/sem",
+        "kernel/shmall",
+        "kernel/shmmax",
+        "kernel/shmmni",
+        "kernel/shm_rmid_forced",
+    ];
+    let path =
+        child::sysctl_path(name).ok_or_else(|| invalid(format!("`{name}` is no name of a parameter")))?;
+    let path = path.trim_start_matches("/proc/sys/");
+    let own_ipc = matches!(spec.ipc, IpcMode::Private | IpcMode::Shareable | IpcMode::None);
+    let of_ipc = IPC.contains(&path) || path.starts_with("fs/mqueue/");
+    let of_uts = path == "kernel/domainname";
+    if path.starts_with("net/") || of_ipc && own_ipc || of_uts && !spec.host_uts {
+        Ok(())
+    } else {
+        Err(invalid(format!("sysctl \"{name}\" is not in a separate kernel namespace")))
+    }
+}
+
+fn cgroup_parent(parent: &str) -> Result<()> {
+    let legal = |name: &str| {
+        name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+            && name != "."
+            && name != ".."
+            && name.len() <= 200
+            // Neither a file of the kernel's nor a container.
+            && !["cgroup.", "cpu.", "memory.", "io.", "pids.", "cpuset.", "hugetlb."].iter().any(|prefix| name.starts_with(prefix))
+            && name.parse::<ProcessId>().is_err()
+    };
+    let names: Vec<&str> = parent.split('/').filter(|name| !name.is_empty()).collect();
+    if names.len() <= MAX_GROUPS && names.iter().all(|name| legal(name)) {
+        Ok(())
+    } else {
+        Err(invalid(format!("`{parent}` is no path of a cgroup")))
+    }
+}
+
+fn in_dev(path: &str) -> Result<()> {
+    let inside = path == "/dev" || path.starts_with("/dev/");
+    if inside && !path.contains('\0') && !path.split('/').any(|part| part == "..") {
+        Ok(())
+    } else {
+        Err(invalid(format!("`{path}` is not a device in /dev")))
+    }
 }
 
 /// Checks limits.
@@ -42,12 +104,7 @@ pub(crate) fn resources(resources: &Resources) -> Result<()> {
     }
     let weights = resources.io_device_weights.iter().map(|device| &device.path);
     let limits = resources.io_limits.iter().map(|limit| &limit.path);
-    for path in weights.chain(limits) {
-        if !path.starts_with("/dev/") || path.contains('\0') || path.split('/').any(|part| part == "..") {
-            return Err(invalid(format!("`{path}` is not a device in /dev")));
-        }
-    }
-    Ok(())
+    weights.chain(limits).try_for_each(|path| in_dev(path))
 }
 
 /// Checks a process.

@@ -2,15 +2,18 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use coracle_agent_api::ProcessId;
+use rustix::mount::{MountAttrFlags, UnmountFlags};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
 use crate::layers::LayerUse;
 use crate::seccomp::Filter;
+use crate::{child, mounts};
 
 /// A container whose first process was started.
 pub(crate) struct Container {
@@ -20,6 +23,8 @@ pub(crate) struct Container {
     pub cgroup: Arc<Cgroup>,
     /// The filter of its processes' system calls.
     pub seccomp: Option<Arc<Filter>>,
+    /// The directory where others find its shared memory, if they may.
+    pub shm: Option<String>,
     /// The first process's pidfd, by which others join.
     pub pidfd: Arc<AsyncFd<OwnedFd>>,
 }
@@ -33,6 +38,41 @@ pub(crate) struct Holdings {
     pub root: OwnedFd,
     /// Its layers.
     pub layers: LayerUse,
+    /// Its shared memory, if others may join it.
+    pub shm: Option<SharedMemory>,
+}
+
+/// A tmpfs in the agent's own file system, unmounted when this is dropped; those who mounted it from there keep it.
+pub(crate) struct SharedMemory {
+    path: PathBuf,
+}
+
+impl SharedMemory {
+    /// Mounts one of this size at `path`.
+    pub(crate) fn new(path: PathBuf, size: u64) -> std::io::Result<Self> {
+        std::fs::create_dir_all(&path)?;
+        let size = size.to_string();
+        let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        let mount = mounts::new("tmpfs", &[("mode", "1777"), ("size", &size)], attributes)?;
+        mounts::attach(mount, child::open_directory(&path)?)?;
+        Ok(Self { path })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        if let Err(error) = rustix::mount::unmount(&self.path, UnmountFlags::DETACH) {
+            tracing::warn!("unmounting {} failed: {error}", self.path.display());
+        }
+        let _ = std::fs::remove_dir(&self.path);
+    }
 }
 
 impl Holdings {
@@ -44,6 +84,7 @@ impl Holdings {
         // The order matters: the layers are in use until the root is unmounted.
         drop(self.root);
         drop(self.layers);
+        drop(self.shm);
     }
 }
 

@@ -11,7 +11,7 @@ use rustix::net::{
 };
 
 /// The most descriptors in one packet.
-pub(crate) const MAX_FDS: usize = 8;
+pub(crate) const MAX_FDS: usize = 10;
 /// The longest packet; larger things travel as a memfd.
 pub(crate) const MAX_LEN: usize = 16 * 1024;
 

@@ -40,8 +40,9 @@ impl Storage {
         self.containers.join(id.as_str())
     }
 
-    /// Mounts a container's root file system: a detached mount over the lower directories (highest first).
-    pub(crate) fn mount_root(&self, id: &ProcessId, lower: &[PathBuf]) -> Result<OwnedFd> {
+    /// Mounts a container's root file system: a detached mount over the lower directories (highest first). Device nodes in it
+    /// open something only if `nodes_open`.
+    pub(crate) fn mount_root(&self, id: &ProcessId, lower: &[PathBuf], nodes_open: bool) -> Result<OwnedFd> {
         let step = "mount the root file system";
         let directory = self.directory(id);
         let (upper, work) = (directory.join("upper"), directory.join("work"));
@@ -60,7 +61,8 @@ impl Storage {
         // Whatever the kernel's defaults are: a rename of a lower directory gives EXDEV, as with Docker, and the upper
         // layer holds whole files, so that it can be read without the lower ones.
         options.extend([("redirect_dir", "off"), ("metacopy", "off"), ("index", "off"), ("xino", "off")]);
-        mounts::new("overlay", &options, MountAttrFlags::MOUNT_ATTR_NODEV).at(step)
+        let attributes = if nodes_open { MountAttrFlags::empty() } else { MountAttrFlags::MOUNT_ATTR_NODEV };
+        mounts::new("overlay", &options, attributes).at(step)
     }
 
     /// A handle to a container's writable layer, which is made if there is none yet.

@@ -101,14 +101,14 @@ async fn a_container_inherits_no_descriptor() {
 }
 
 #[tokio::test]
-async fn device_nodes_that_the_image_or_the_container_makes_open_nothing() {
+async fn device_nodes_that_the_image_or_the_container_makes_open_no_device_of_the_machine() {
     let agent = TestAgent::start().await;
     let image = Image::new(|root| {
         image::fill_busybox(root);
-        image::device(&root.join("null-of-the-image"), FileType::CharacterDevice, 1, 3);
+        image::device(&root.join("loop-of-the-image"), FileType::CharacterDevice, 10, 237);
     });
-    let script = "mknod /tmp/n c 1 3; mknod /dev/n c 1 3; mknod /dev/shm/n c 1 3
-        for n in /null-of-the-image /tmp/n /dev/n /dev/shm/n; do (: > $n) 2>/dev/null && echo opened $n; done; echo done";
+    let script = "mknod /tmp/n c 10 237; mknod /dev/n c 10 237; mknod /dev/shm/n c 10 237; mknod /tmp/d b 7 0
+        for n in /loop-of-the-image /tmp/n /dev/n /dev/shm/n /tmp/d; do (: < $n) 2>/dev/null && echo opened $n; done; echo done";
     let output = agent.run(&container(&[&image], shell(script))).await.unwrap();
     assert_eq!(output.text(), "done\n");
 }

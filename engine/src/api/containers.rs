@@ -228,21 +228,10 @@ fn host_config(record: &Record) -> Value {
         "DnsOptions": [],
         "DnsSearch": [],
         "Links": null,
-        "IpcMode": "private",
-        "PidMode": "",
-        "UTSMode": "",
-        "UsernsMode": "",
-        "CgroupnsMode": "private",
         "Cgroup": "",
-        "CgroupParent": "",
-        "Privileged": false,
         "PublishAllPorts": false,
-        "Runtime": "coracle",
-        "Isolation": "",
         "CpuRealtimePeriod": 0,
         "CpuRealtimeRuntime": 0,
-        "Devices": [],
-        "DeviceCgroupRules": null,
         "DeviceRequests": null,
         "CpuCount": 0,
         "CpuPercent": 0,
@@ -251,7 +240,8 @@ fn host_config(record: &Record) -> Value {
     });
     let own = serde_json::to_value(&record.host_config).expect("a configuration has no map with odd keys");
     if let (Some(all), Value::Object(own)) = (value.as_object_mut(), own) {
-        let empty_is_null = ["CapAdd", "CapDrop", "ExtraHosts", "GroupAdd", "SecurityOpt"];
+        let empty_is_null =
+            ["CapAdd", "CapDrop", "DeviceCgroupRules", "ExtraHosts", "GroupAdd", "SecurityOpt"];
         for (name, value) in own {
             let empty = value.as_array().is_some_and(Vec::is_empty) && empty_is_null.contains(&name.as_str());
             all.insert(name, if empty { Value::Null } else { value });

@@ -9,7 +9,7 @@ use crate::{
     container::{
         actor,
         config::{Config, HostConfig},
-        names,
+        isolation, names,
         options::CreateRequest,
         record::Record,
     },
@@ -35,6 +35,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
             config.working_dir
         )));
     }
+    name_donors(&request, &mut host_config);
     let sandbox = SandboxId::shared();
     warm_up(&request, &sandbox);
     let id = names::new_id();
@@ -163,6 +164,15 @@ fn warnings(config: &Config, host_config: &HostConfig, image: &Image) -> Vec<Str
     warnings
 }
 
+/// A container is remembered by its id, so that it can be renamed. As in Docker, one that is missing is missed at the start.
+fn name_donors(request: &Request, host_config: &mut HostConfig) {
+    for mode in [&mut host_config.ipc_mode, &mut host_config.pid_mode] {
+        if let Some(donor) = isolation::donor(mode).and_then(|name| request.core.containers.find(name).ok()) {
+            *mode = format!("container:{}", donor.id());
+        }
+    }
+}
+
 fn fill_defaults(config: &mut Config, host_config: &mut HostConfig, short_id: &str) {
     if config.hostname.is_empty() {
         short_id.clone_into(&mut config.hostname);
@@ -172,6 +182,15 @@ fn fill_defaults(config: &mut Config, host_config: &mut HostConfig, short_id: &s
     }
     if host_config.restart_policy.name.is_empty() {
         "no".clone_into(&mut host_config.restart_policy.name);
+    }
+    for (value, default) in [
+        (&mut host_config.ipc_mode, "private"),
+        (&mut host_config.cgroupns_mode, "private"),
+        (&mut host_config.runtime, "runc"),
+    ] {
+        if value.is_empty() {
+            default.clone_into(value);
+        }
     }
     if host_config.memory > 0 && host_config.memory_swap == 0 {
         host_config.memory_swap = host_config.memory.saturating_mul(2);

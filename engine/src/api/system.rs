@@ -133,8 +133,8 @@ pub(crate) async fn info(request: &Request) -> Result<Response> {
         "Labels": [],
         "ExperimentalBuild": false,
         "ServerVersion": core.config.version,
-        "Runtimes": { "coracle": { "path": "coracle" } },
-        "DefaultRuntime": "coracle",
+        "Runtimes": { "runc": { "path": "coracle-agent" }, "io.containerd.runc.v2": { "path": "coracle-agent" } },
+        "DefaultRuntime": "runc",
         "Swarm": { "NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": false, "Error": "", "RemoteManagers": null },
         "LiveRestoreEnabled": true,
         "Isolation": "",
@@ -142,7 +142,7 @@ pub(crate) async fn info(request: &Request) -> Result<Response> {
         "ContainerdCommit": { "ID": "" },
         "RuncCommit": { "ID": "" },
         "InitCommit": { "ID": "" },
-        "SecurityOptions": [],
+        "SecurityOptions": ["name=seccomp,profile=builtin", "name=cgroupns"],
         "Warnings": null,
     })))
 }

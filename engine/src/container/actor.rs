@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use coracle_agent_api::{ErrorKind, Layer, ProcessState};
+use coracle_agent_api::{ErrorKind, IpcMode, Layer, PidMode, ProcessState};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -20,6 +20,7 @@ use tracing::Instrument;
 use super::{
     Container,
     config::HostConfig,
+    isolation,
     record::{ContainerId, Record},
     resources,
     restart::{Backoff, Policy},
@@ -222,7 +223,7 @@ impl Actor {
         self.mark("sandbox-ready");
         let layers = self.attach_layers(&host).await?;
         self.mark("layers-attached");
-        let spec = spec::build(&self.record, layers)?;
+        let spec = spec::build(&self.record, layers, self.donors()?)?;
         let id = self.record.id.clone();
         let started = match host.agent().start(&id, &spec).await {
             // Left from a start that an earlier daemon did not live to hear of.
@@ -250,6 +251,45 @@ impl Actor {
             return Err(error.into());
         }
         Ok(())
+    }
+
+    /// The containers whose namespaces it joins, which must run.
+    fn donors(&self) -> Result<spec::Donors> {
+        let host = &self.record.host_config;
+        let donor = |mode: &str, what: &str| -> Result<Option<Arc<Container>>> {
+            let Some(name) = isolation::donor(mode) else { return Ok(None) };
+            let donor = self.core.containers.find(name)?;
+            let record = donor.record();
+            match record.state.status {
+                Status::Running | Status::Paused if record.sandbox == self.record.sandbox => Ok(Some(donor)),
+                Status::Running | Status::Paused => Err(Error::conflict(format!(
+                    "cannot join {what} of container {}: it is in another VM",
+                    record.id
+                ))),
+                Status::Restarting => Err(Error::conflict(format!(
+                    "Container {} is restarting, wait until the container is running",
+                    record.id
+                ))),
+                _ => Err(Error::conflict(format!(
+                    "cannot join {what} of a non running container: {}",
+                    record.id
+                ))),
+            }
+        };
+        let (ipc, pid) = (donor(&host.ipc_mode, "IPC")?, donor(&host.pid_mode, "PID")?);
+        if let Some(donor) = &ipc
+            && matches!(donor.record().host_config.ipc_mode.as_str(), "" | "private" | "none")
+        {
+            return Err(Error::conflict(format!(
+                "can't join IPC of container {}: non-shareable IPC (hint: use IpcMode:shareable for the donor container)",
+                donor.id()
+            )));
+        }
+        let id = |donor: &Arc<Container>| donor.id().clone();
+        Ok(spec::Donors {
+            ipc: isolation::ipc(host, |_| ipc.as_ref().map(id).map(IpcMode::Container))?,
+            pid: isolation::pid(host, |_| pid.as_ref().map(id).map(PidMode::Container))?,
+        })
     }
 
     async fn attach_layers(&self, host: &Host) -> Result<Vec<Layer>> {

@@ -9,6 +9,7 @@ use coracle_image_store::config::ContainerConfig as ImageConfig;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::health::Healthcheck;
+use super::isolation::DeviceMapping;
 use super::resources::{ThrottleDevice, WeightDevice};
 use crate::error::{Error, Result};
 
@@ -95,6 +96,21 @@ pub(crate) struct HostConfig {
     #[serde(rename = "KernelMemoryTCP", skip_serializing)]
     pub(crate) kernel_memory_tcp: i64,
     pub(crate) pids_limit: Option<i64>,
+    pub(crate) privileged: bool,
+    pub(crate) devices: Vec<DeviceMapping>,
+    pub(crate) device_cgroup_rules: Vec<String>,
+    pub(crate) sysctls: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) annotations: BTreeMap<String, String>,
+    pub(crate) ipc_mode: String,
+    pub(crate) pid_mode: String,
+    #[serde(rename = "UTSMode")]
+    pub(crate) uts_mode: String,
+    pub(crate) userns_mode: String,
+    pub(crate) cgroupns_mode: String,
+    pub(crate) cgroup_parent: String,
+    pub(crate) runtime: String,
+    pub(crate) isolation: String,
     pub(crate) masked_paths: Option<Vec<String>>,
     pub(crate) readonly_paths: Option<Vec<String>>,
 }

@@ -8,6 +8,7 @@ pub(crate) mod capability;
 pub(crate) mod config;
 pub(crate) mod files;
 pub(crate) mod health;
+pub(crate) mod isolation;
 pub(crate) mod log_options;
 pub(crate) mod names;
 pub(crate) mod options;

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::{
     capability,
     config::{Config, HostConfig, Ulimit, env_name},
-    log_options, refused, resources,
+    isolation, log_options, refused, resources,
     restart::Policy,
     seccomp, signal,
 };
@@ -75,6 +75,7 @@ impl CreateRequest {
         check_network(&host_config.network_mode)?;
         check_restart_policy(host_config)?;
         log_options::check(&host_config.log_config)?;
+        isolation::check(config, host_config)?;
         security(&host_config.security_opt)?;
         capability::resolve(&host_config.cap_add, &host_config.cap_drop)?;
         rlimits(&host_config.ulimits)?;
@@ -171,6 +172,7 @@ fn check_restart_policy(host_config: &HostConfig) -> Result<()> {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct SecurityOptions {
     pub(crate) no_new_privileges: bool,
+    pub(crate) writable_cgroups: bool,
     /// `None` if nothing was said.
     pub(crate) seccomp: Option<Seccomp>,
 }
@@ -205,11 +207,11 @@ pub(crate) fn security(options: &[String]) -> Result<SecurityOptions> {
                     ("no-new-privileges", "false" | "0" | "f" | "F" | "FALSE" | "False") => {
                         read.no_new_privileges = false;
                     }
-                    ("writable-cgroups", "true") => {
-                        return Err(refused::missing(
-                            "--security-opt writable-cgroups",
-                            "HostConfig.SecurityOpt",
-                        ));
+                    ("writable-cgroups", "true" | "1" | "t" | "T" | "TRUE" | "True") => {
+                        read.writable_cgroups = true;
+                    }
+                    ("writable-cgroups", "false" | "0" | "f" | "F" | "FALSE" | "False") => {
+                        read.writable_cgroups = false;
                     }
                     _ => return Err(Error::invalid(format!("invalid --security-opt 2: {:?}", shown()))),
                 }

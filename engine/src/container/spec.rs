@@ -1,11 +1,13 @@
 //! From a container's record to what the agent is told to start.
 
-use coracle_agent_api::{ContainerSpec, InjectedFile, Layer, ProcessSpec, TerminalSize};
+use coracle_agent_api::{
+    ContainerSpec, InjectedFile, IpcMode, Layer, PidMode, ProcessSpec, Seccomp, TerminalSize,
+};
 
 use super::{
     capability,
     config::{Config, env_name},
-    options,
+    isolation, options,
     record::Record,
     resources,
 };
@@ -30,9 +32,21 @@ const MASKED_PATHS: &[&str] = &[
 ];
 const READONLY_PATHS: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
+/// With whom a container shares namespaces.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Donors {
+    pub(crate) ipc: IpcMode,
+    pub(crate) pid: PidMode,
+}
+
 /// Builds the specification.
-pub(crate) fn build(record: &Record, layers: Vec<Layer>) -> Result<ContainerSpec> {
+pub(crate) fn build(record: &Record, layers: Vec<Layer>, donors: Donors) -> Result<ContainerSpec> {
     let host = &record.host_config;
+    let security = options::security(&host.security_opt)?;
+    let hidden = |given: Option<&Vec<String>>, defaults: &[&str]| match host.privileged {
+        true => Vec::new(),
+        false => paths(given, defaults),
+    };
     Ok(ContainerSpec {
         layers,
         hostname: record.config.hostname.clone(),
@@ -46,10 +60,24 @@ pub(crate) fn build(record: &Record, layers: Vec<Layer>) -> Result<ContainerSpec
             .unwrap_or(options::DEFAULT_SHM.unsigned_abs()),
         tmpfs: options::tmpfs(host)?,
         files: files(record)?,
-        masked_paths: paths(host.masked_paths.as_ref(), MASKED_PATHS),
-        readonly_paths: paths(host.readonly_paths.as_ref(), READONLY_PATHS),
+        masked_paths: hidden(host.masked_paths.as_ref(), MASKED_PATHS),
+        readonly_paths: hidden(host.readonly_paths.as_ref(), READONLY_PATHS),
         resources: resources::convert(host),
-        seccomp: options::security(&host.security_opt)?.seccomp.unwrap_or_default(),
+        seccomp: security.seccomp.unwrap_or(if host.privileged {
+            Seccomp::Unconfined
+        } else {
+            Seccomp::Default
+        }),
+        privileged: host.privileged,
+        writable_cgroups: security.writable_cgroups,
+        devices: isolation::devices(host)?,
+        device_rules: isolation::device_rules(host)?,
+        sysctls: host.sysctls.clone(),
+        ipc: donors.ipc,
+        pid: donors.pid,
+        host_uts: host.uts_mode == "host",
+        host_cgroups: host.cgroupns_mode == "host",
+        cgroup_parent: host.cgroup_parent.clone(),
     })
 }
 
@@ -65,7 +93,10 @@ fn process(record: &Record) -> Result<ProcessSpec> {
         tty: config.tty,
         terminal_size: (config.tty && rows > 0 && cols > 0).then_some(TerminalSize { rows, cols }),
         stdin: config.open_stdin,
-        capabilities: capability::resolve(&host.cap_add, &host.cap_drop)?,
+        capabilities: match host.privileged {
+            true => capability::all(),
+            false => capability::resolve(&host.cap_add, &host.cap_drop)?,
+        },
         no_new_privileges: options::security(&host.security_opt)?.no_new_privileges,
         rlimits: options::rlimits(&host.ulimits)?,
         oom_score_adj: i16::try_from(host.oom_score_adj).ok().filter(|value| *value != 0),
@@ -140,7 +171,7 @@ mod tests {
         let name = "web".to_owned();
         let record =
             Record::new(id, name, SandboxId::shared(), &image, "linux/amd64".to_owned(), config, host_config);
-        build(&record, Vec::new()).unwrap()
+        build(&record, Vec::new(), Donors::default()).unwrap()
     }
 
     #[test]

@@ -209,7 +209,7 @@ impl Exec {
         container.tty = config.tty;
         let size = size.or(config.console_size).unwrap_or(host.console_size);
         let [rows, cols] = size.map(|size| u16::try_from(size).unwrap_or(u16::MAX));
-        let capabilities = if config.privileged {
+        let capabilities = if config.privileged || host.privileged {
             capability::all()
         } else {
             capability::resolve(&host.cap_add, &host.cap_drop)?
@@ -232,7 +232,11 @@ impl Exec {
             rlimits: options::rlimits(&host.ulimits)?,
             oom_score_adj: i16::try_from(host.oom_score_adj).ok().filter(|value| *value != 0),
         };
-        Ok(ExecSpec { container: record.id.clone(), process, privileged: config.privileged })
+        Ok(ExecSpec {
+            container: record.id.clone(),
+            process,
+            privileged: config.privileged || host.privileged,
+        })
     }
 
     fn attend(self: &Arc<Self>, core: &Arc<Core>) {

@@ -204,7 +204,7 @@ impl Agent {
             return Ok((Ground::Stopped(stopped), FilesPlace::Stopped));
         }
         let layers = self.layers.hold(layers)?;
-        let root = self.storage.mount_root(id, &layers.lower_directories())?;
+        let root = self.storage.mount_root(id, &layers.lower_directories(), false)?;
         let stopped = Arc::new(Stopped { root, _layers: layers });
         inner.mounted.insert(id.clone(), Arc::downgrade(&stopped));
         Ok((Ground::Stopped(stopped), FilesPlace::Stopped))
@@ -229,6 +229,8 @@ impl Agent {
                 report: child_report.as_fd(),
                 cgroup: self.files.cgroup.as_fd(),
                 place: ground.as_fd(),
+                pid_donor: None,
+                ipc_donor: None,
                 stdio: Some([their_input.as_fd(), their_output.as_fd(), null.as_fd()]),
             };
             let cloned = self.fork_server.spawn(OrderRef::Files(&task), fds).await?;

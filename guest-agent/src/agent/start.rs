@@ -1,12 +1,13 @@
 //! Starting a process: a container's first one, or one that joins.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use coracle_agent_api::frame::Kind;
 use coracle_agent_api::{
-    ApiError, ContainerSpec, ErrorKind, ExecSpec, ProcessId, ProcessSpec, StartPhase, Started,
+    ApiError, ContainerSpec, DeviceKind, DeviceRule, ErrorKind, ExecSpec, IpcMode, PidMode, ProcessId,
+    ProcessSpec, StartPhase, Started,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::Interest;
@@ -14,20 +15,43 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use super::{Agent, blocking, files};
-use crate::cgroup::Cgroup;
-use crate::containers::{Container, Holdings};
-use crate::error::{AtStep, Result, conflict};
-use crate::fork_server::{NewContainer, OrderRef, Place, Report, Task, TaskFds};
+use crate::cgroup::{Cgroup, Devices};
+use crate::containers::{Container, Holdings, SharedMemory};
+use crate::error::{AtStep, Result, conflict, invalid};
+use crate::fork_server::{NewContainer, OrderRef, Place, Report, Shm, Task, TaskFds};
 use crate::processes::spool::Spool;
 use crate::processes::{self, Process, Stdin, read_pipe, read_terminal, watch_fd};
 use crate::seccomp::Filter;
-use crate::{check, clock, packet, sys};
+use crate::{check, child, clock, packet, sys};
+
+/// Rules for devices of one container at most.
+const MAX_DEVICE_RULES: usize = 400;
 
 /// What was prepared for a new container.
 struct Prepared {
     holdings: Holdings,
     files: Vec<String>,
     seccomp: Option<Arc<Filter>>,
+    shm: Shm,
+    /// Where others find its shared memory.
+    shared: Option<String>,
+    devices_ruled: bool,
+    donors: Donors,
+}
+
+/// Containers whose namespaces a new one joins.
+struct Donors {
+    pid: Option<Arc<Container>>,
+    ipc: Option<Arc<Container>>,
+}
+
+impl Donors {
+    fn fds(&self) -> [Option<BorrowedFd<'_>>; 2] {
+        [
+            self.pid.as_ref().map(|donor| donor.pidfd.get_ref().as_fd()),
+            self.ipc.as_ref().map(|donor| donor.pidfd.get_ref().as_fd()),
+        ]
+    }
 }
 
 /// The agent's ends of a process's standard streams.
@@ -79,7 +103,7 @@ impl Agent {
         let mut phases = Phases { since, phases: Vec::new() };
         let (agent, owned) = (self.clone(), id.clone());
         let prepared = blocking(move || agent.prepare(&owned, &spec).map(|prepared| (prepared, spec))).await;
-        let (Prepared { holdings, files, seccomp }, spec) = match prepared {
+        let (prepared, spec) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
                 self.containers.gone(id);
@@ -87,21 +111,25 @@ impl Agent {
             }
         };
         phases.mark("prepared");
+        let Prepared { holdings, files, seccomp, shm, shared, devices_ruled, donors } = prepared;
         let process = spec.process.clone();
-        let new = NewContainer { spec, mount_point: self.mount_point.clone(), files };
+        let all_capabilities = spec.privileged;
+        let mount_point = self.mount_point.clone();
+        let new = NewContainer { spec, mount_point, files, devices_ruled, shm };
         let task = Task {
             place: Place::New(Box::new(new)),
             process,
-            all_capabilities: false,
+            all_capabilities,
             seccomp: seccomp.as_deref().cloned(),
             die_with_agent: self.die_with_agent,
         };
         let place = holdings.root.as_fd();
-        match self.launch(id, id, &task, &holdings.cgroup, place, &mut phases).await {
+        match self.launch(id, id, &task, &holdings.cgroup, place, donors.fds(), &mut phases).await {
             Ok((process, started)) => {
                 let pidfd = process.pidfd.clone();
                 let cgroup = holdings.cgroup.clone();
-                let container = Container { id: id.clone(), cgroup: cgroup.clone(), seccomp, pidfd };
+                let container =
+                    Container { id: id.clone(), cgroup: cgroup.clone(), seccomp, shm: shared, pidfd };
                 self.containers.runs(Arc::new(container));
                 self.supervise(process.clone(), cgroup, Some(holdings));
                 Ok((process, started))
@@ -114,12 +142,57 @@ impl Agent {
     }
 
     fn prepare(&self, id: &ProcessId, spec: &ContainerSpec) -> Result<Prepared> {
+        let donors = Donors {
+            pid: match &spec.pid {
+                PidMode::Container(donor) => Some(self.running(donor)?),
+                PidMode::Private | PidMode::Host => None,
+            },
+            ipc: match &spec.ipc {
+                IpcMode::Container(donor) => Some(self.running(donor)?),
+                _ => None,
+            },
+        };
         let seccomp = self.seccomp.filter(&spec.seccomp, &spec.process.capabilities)?;
+        let devices = devices(spec)?;
+        let devices_ruled = self.cgroups.rule_devices() || spec.privileged;
         let layers = self.layers.hold(&spec.layers)?;
-        let root = self.storage.mount_root(id, &layers.lower_directories())?;
+        let root = self.storage.mount_root(id, &layers.lower_directories(), devices_ruled)?;
         let files = self.storage.write_files(id, &spec.files)?;
-        let cgroup = Arc::new(self.cgroups.create(id, &spec.resources)?);
-        Ok(Prepared { holdings: Holdings { cgroup, root, layers }, files, seccomp })
+        let (shm, shared, owned_shm) = self.shared_memory(id, spec, &donors)?;
+        let cgroup = Arc::new(self.cgroups.create(id, &spec.cgroup_parent, &spec.resources, &devices)?);
+        let holdings = Holdings { cgroup, root, layers, shm: owned_shm };
+        Ok(Prepared { holdings, files, seccomp, shm, shared, devices_ruled, donors })
+    }
+
+    /// What /dev/shm is, where others find it, and what of it the container holds.
+    fn shared_memory(
+        &self,
+        id: &ProcessId,
+        spec: &ContainerSpec,
+        donors: &Donors,
+    ) -> Result<(Shm, Option<String>, Option<SharedMemory>)> {
+        const OF_THE_GUEST: &str = "/dev/shm";
+        Ok(match &spec.ipc {
+            IpcMode::Private => (Shm::New, None, None),
+            IpcMode::None => (Shm::Missing, None, None),
+            IpcMode::Host => {
+                let path = OF_THE_GUEST.to_owned();
+                (Shm::Shared(path.clone()), Some(path), None)
+            }
+            IpcMode::Shareable => {
+                let made =
+                    SharedMemory::new(self.shm.join(id.as_str()), spec.shm_size).at("make /dev/shm")?;
+                let path = made.path().to_string_lossy().into_owned();
+                (Shm::Shared(path.clone()), Some(path), Some(made))
+            }
+            IpcMode::Container(donor) => {
+                let shared = donors.ipc.as_ref().and_then(|donor| donor.shm.clone());
+                let path = shared.ok_or_else(|| {
+                    conflict(format!("the IPC namespace of container {} is not shareable", donor.short()))
+                })?;
+                (Shm::Shared(path.clone()), Some(path), None)
+            }
+        })
     }
 
     /// Starts a process in a running container.
@@ -145,7 +218,8 @@ impl Agent {
             die_with_agent: self.die_with_agent,
         };
         let place = container.pidfd.get_ref().as_fd();
-        let launched = self.launch(&id, &container.id, &task, &container.cgroup, place, &mut phases).await;
+        let launched =
+            self.launch(&id, &container.id, &task, &container.cgroup, place, [None, None], &mut phases).await;
         let (process, started) = launched.map_err(|error| match self.containers.running(&container.id) {
             Some(_) => error,
             // It ended meanwhile: that is the reason, whatever the symptom.
@@ -164,7 +238,8 @@ impl Agent {
         container: &ProcessId,
         task: &Task,
         cgroup: &Cgroup,
-        place: std::os::fd::BorrowedFd<'_>,
+        place: BorrowedFd<'_>,
+        [pid_donor, ipc_donor]: [Option<BorrowedFd<'_>>; 2],
         phases: &mut Phases,
     ) -> Result<(Arc<Process>, Started)> {
         let (ours, theirs) = streams(&task.process).at("make the standard streams")?;
@@ -175,7 +250,8 @@ impl Agent {
             let stdio = theirs
                 .as_ref()
                 .map(|[stdin, stdout, stderr]| [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
-            let fds = TaskFds { report: child_report.as_fd(), cgroup: cgroup.as_fd(), place, stdio };
+            let (report, cgroup) = (child_report.as_fd(), cgroup.as_fd());
+            let fds = TaskFds { report, cgroup, place, pid_donor, ipc_donor, stdio };
             let cloned = self.fork_server.spawn(OrderRef::Process(task), fds).await?;
             self.reaper.is_awaited(cloned.pid);
             cloned
@@ -210,6 +286,27 @@ impl Agent {
         tracing::info!(process = id.short(), container = container.short(), pid = cloned.pid, "started");
         Ok((process, started))
     }
+}
+
+/// What a container may do with devices.
+fn devices(spec: &ContainerSpec) -> Result<Devices> {
+    if spec.privileged {
+        return Ok(Devices::All);
+    }
+    let mut rules = spec.device_rules.clone();
+    for device in &spec.devices {
+        rules.extend(child::expand_device(device)?.iter().map(|node| DeviceRule {
+            kind: if node.is_block { DeviceKind::Block } else { DeviceKind::Char },
+            major: Some(node.major),
+            minor: Some(node.minor),
+            access: device.access,
+        }));
+    }
+    // A longer program than the kernel takes.
+    if rules.len() > MAX_DEVICE_RULES {
+        return Err(invalid(format!("more than {MAX_DEVICE_RULES} devices were asked for")));
+    }
+    Ok(Devices::Rules(rules))
 }
 
 /// Makes a process's standard streams: the agent's ends and the process's. With a terminal it makes them itself.

@@ -22,6 +22,8 @@ pub(super) struct Limits {
     pub controllers: HashSet<String>,
     /// The mounted file system.
     pub root: PathBuf,
+    /// The most processes of one container, where all of them together are limited.
+    pub processes: Option<u64>,
 }
 
 /// `u64::MAX` is no limit.
@@ -52,7 +54,11 @@ impl Limits {
         limit("cpu", "cpu.weight", weight.map(|weight| weight.to_string()))?;
         limit("cpuset", "cpuset.cpus", resources.cpuset_cpus.clone())?;
         limit("cpuset", "cpuset.mems", resources.cpuset_mems.clone())?;
-        limit("pids", "pids.max", resources.pids.map(amount))?;
+        let pids = match (resources.pids, self.processes) {
+            (Some(pids), Some(most)) => Some(pids.min(most)),
+            (pids, most) => pids.or(most),
+        };
+        limit("pids", "pids.max", pids.map(amount))?;
         if resources.io_weight.is_some() || !resources.io_device_weights.is_empty() {
             self.share_io();
         }
@@ -137,7 +143,7 @@ mod tests {
 
     fn limits(controllers: &[&str]) -> Limits {
         let controllers = controllers.iter().map(|name| name.to_string()).collect();
-        Limits { controllers, root: PathBuf::from("/nonexistent") }
+        Limits { controllers, root: PathBuf::from("/nonexistent"), processes: None }
     }
 
     #[test]

@@ -1,34 +1,54 @@
 //! cgroup v2: one group per container below one parent. A limit whose controller is missing is refused by name; killing and
 //! waiting for emptiness work without any controller.
 
+mod devices;
 mod limits;
 mod stats;
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use coracle_agent_api::{ProcessId, Resources};
+use coracle_agent_api::{ApiError, ErrorKind, ProcessId, Resources};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{CWD, Mode, OFlags};
 
 use crate::error::{AtStep, Result};
+use crate::sys;
+pub(crate) use devices::Devices;
 use limits::{File, Limits};
 
 /// How long processes may take to stand still: one that waits for a disk does so only when the disk has answered.
 const FREEZE_TIME: Duration = Duration::from_secs(10);
 const WANTED: [&str; 5] = ["cpu", "memory", "pids", "io", "cpuset"];
 
+/// Of the processes that containers may have, one that was given no limit gets this part, so that others are left with some.
+const SHARE_OF_PROCESSES: (u64, u64) = (3, 4);
+/// A container's own groups below the one it was given, at most.
+const MAX_DEPTH: usize = 32;
+
+/// What all containers leave to the agent and the kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room {
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Processes.
+    pub processes: u64,
+}
+
 /// The parent of all containers' groups.
 pub(crate) struct Cgroups {
     directory: PathBuf,
     limits: Limits,
+    /// The device program of containers that ask for nothing special; none where the kernel takes no such programs.
+    device_program: Option<OwnedFd>,
 }
 
 impl Cgroups {
-    /// Makes the parent group and hands it every controller there is.
-    pub(crate) fn new(mount: &Path, name: &str) -> io::Result<Self> {
+    /// Makes the parent group and hands it every controller there is. With `room`, containers together cannot take all.
+    pub(crate) fn new(mount: &Path, name: &str, room: Option<Room>) -> io::Result<Self> {
         let directory = mount.join(name);
         enable(mount)?;
         match std::fs::create_dir(&directory) {
@@ -37,8 +57,28 @@ impl Cgroups {
         }
         enable(&directory)?;
         let text = std::fs::read_to_string(directory.join("cgroup.subtree_control"))?;
-        let controllers = text.split_whitespace().map(str::to_owned).collect();
-        Ok(Self { directory, limits: Limits { controllers, root: mount.to_owned() } })
+        let controllers: HashSet<String> = text.split_whitespace().map(str::to_owned).collect();
+        let processes = room.and_then(|room| leave_room(&directory, room));
+        let processes = processes.map(|all| all / SHARE_OF_PROCESSES.1 * SHARE_OF_PROCESSES.0);
+        let device_program = match devices::load(&[]) {
+            Ok(program) => Some(program),
+            Err(error) => {
+                tracing::warn!(
+                    "the kernel takes no rules for devices, containers have the usual ones only: {error}"
+                );
+                None
+            }
+        };
+        Ok(Self {
+            directory,
+            limits: Limits { controllers, root: mount.to_owned(), processes },
+            device_program,
+        })
+    }
+
+    /// Whether containers' use of devices can be ruled.
+    pub(crate) fn rule_devices(&self) -> bool {
+        self.device_program.is_some()
     }
 
     /// Makes the group of the agent's own helpers, which belong to no container.
@@ -50,27 +90,54 @@ impl Cgroups {
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::openat(CWD, &path, flags, Mode::empty())?;
-        Ok(Cgroup { path, directory })
+        Ok(Cgroup { path, base: self.directory.clone(), directory })
     }
 
-    /// Makes a container's group with its limits.
-    pub(crate) fn create(&self, id: &ProcessId, resources: &Resources) -> Result<Cgroup> {
+    /// Makes a container's group, below a parent if one is named, with its limits and its devices.
+    pub(crate) fn create(
+        &self,
+        id: &ProcessId,
+        parent: &str,
+        resources: &Resources,
+        devices: &Devices,
+    ) -> Result<Cgroup> {
         let files = self.limits.files(resources)?;
-        let path = self.directory.join(id.as_str());
-        match std::fs::create_dir(&path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(error).at("make the cgroup");
-            }
-            _ => {}
+        let mut path = self.directory.clone();
+        for name in parent.split('/').filter(|name| !name.is_empty()) {
+            path.push(name);
+            make_group(&path)?;
+            enable(&path).at("use the parent cgroup")?;
         }
+        path.push(id.as_str());
+        make_group(&path)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = rustix::fs::openat(CWD, &path, flags, Mode::empty()).at("open the cgroup")?;
-        let group = Cgroup { path, directory };
-        if let Err(error) = group.write(&files) {
-            let _ = std::fs::remove_dir(&group.path);
+        let opened = rustix::fs::openat(CWD, &path, flags, Mode::empty()).at("open the cgroup")?;
+        let group = Cgroup { path, base: self.directory.clone(), directory: opened };
+        let made = group.write(&files).and_then(|()| self.give_devices(&group, devices));
+        if let Err(error) = made {
+            let _ = group.remove();
             return Err(error);
         }
         Ok(group)
+    }
+
+    fn give_devices(&self, group: &Cgroup, devices: &Devices) -> Result<()> {
+        let special;
+        let program = match (devices, &self.device_program) {
+            (Devices::All, _) => return Ok(()),
+            (Devices::Rules(rules), None) if rules.is_empty() => return Ok(()),
+            (Devices::Rules(_), None) => {
+                let message = "devices cannot be given: this kernel takes no rules for them";
+                return Err(ApiError::new(ErrorKind::Unsupported, message));
+            }
+            (Devices::Rules(rules), Some(common)) if rules.is_empty() => common,
+            (Devices::Rules(rules), Some(_)) => {
+                special = devices::load(rules).at("load the rules for devices")?;
+                &special
+            }
+        };
+        let directory = std::fs::File::open(&group.path).at("open the cgroup")?;
+        sys::attach_device_program(directory.as_fd(), program.as_fd()).at("rule the use of devices")
     }
 
     /// Changes those limits of a container that are set.
@@ -84,11 +151,45 @@ impl Cgroups {
         if let Err(error) = wait_until_empty(&self.directory) {
             tracing::warn!("the containers' cgroup does not become empty: {error}");
         }
-        for entry in std::fs::read_dir(&self.directory).into_iter().flatten().flatten() {
-            let _ = std::fs::remove_dir(entry.path());
-        }
-        let _ = std::fs::remove_dir(&self.directory);
+        let _ = remove_tree(&self.directory, MAX_DEPTH);
     }
+}
+
+/// Makes a group, unless it is there.
+fn make_group(path: &Path) -> Result<()> {
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error).at("make the cgroup"),
+        _ => Ok(()),
+    }
+}
+
+/// Sets limits for all containers together; how many processes they may have.
+fn leave_room(directory: &Path, room: Room) -> Option<u64> {
+    let set = |name: &str, value: u64| {
+        if let Err(error) = std::fs::write(directory.join(name), value.to_string()) {
+            tracing::warn!("{name} of all containers cannot be set: {error}");
+        }
+    };
+    let memory = stats::all_memory();
+    // A machine so small has nothing to give away.
+    if memory > 2 * room.memory {
+        set("memory.max", memory - room.memory);
+    }
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let most = number("/proc/sys/kernel/pid_max")?.min(number("/proc/sys/kernel/threads-max")?);
+    let processes = most.checked_sub(room.processes)?;
+    set("pids.max", processes);
+    Some(processes)
+}
+
+/// Removes a group and those below it, which are empty.
+fn remove_tree(group: &Path, depth: usize) -> io::Result<()> {
+    for entry in std::fs::read_dir(group).into_iter().flatten().flatten() {
+        if depth > 0 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path(), depth - 1)?;
+        }
+    }
+    std::fs::remove_dir(group)
 }
 
 /// Hands what controllers there are to the groups below; one that cannot be had is not an error until it is asked for.
@@ -106,6 +207,8 @@ pub(crate) fn enable(directory: &Path) -> io::Result<()> {
 /// A container's group.
 pub(crate) struct Cgroup {
     path: PathBuf,
+    /// The group of all containers.
+    base: PathBuf,
     directory: OwnedFd,
 }
 
@@ -155,12 +258,20 @@ impl Cgroup {
     /// Kills what is left in it, waits until it is empty, and removes it. Blocks.
     pub(crate) fn remove(&self) -> io::Result<()> {
         match std::fs::remove_dir(&self.path) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
-            result => return result,
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                std::fs::write(self.path.join("cgroup.kill"), "1")?;
+                wait_until_empty(&self.path)?;
+                remove_tree(&self.path, MAX_DEPTH)?;
+            }
+            result => result?,
         }
-        std::fs::write(self.path.join("cgroup.kill"), "1")?;
-        wait_until_empty(&self.path)?;
-        std::fs::remove_dir(&self.path)
+        // A parent that was named by containers goes with the last of them.
+        for parent in self.path.ancestors().skip(1).take_while(|parent| *parent != self.base) {
+            if std::fs::remove_dir(parent).is_err() {
+                break;
+            }
+        }
+        Ok(())
     }
 }
 

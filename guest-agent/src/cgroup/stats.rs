@@ -111,7 +111,7 @@ fn system_cpu() -> io::Result<(u64, u32)> {
     Ok((ticks.saturating_mul(1_000_000_000 / TICKS_PER_SECOND), cpus as u32))
 }
 
-fn all_memory() -> u64 {
+pub(super) fn all_memory() -> u64 {
     let info = rustix::system::sysinfo();
     u64::from(info.mem_unit).saturating_mul(info.totalram)
 }

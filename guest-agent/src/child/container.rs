@@ -8,11 +8,11 @@ use std::path::Path;
 use coracle_agent_api::{ApiError, ContainerSpec, ErrorKind};
 use rustix::fs::{FileType, Mode};
 use rustix::mount::{MountAttrFlags, UnmountFlags};
-use rustix::thread::UnshareFlags;
+use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 
 use super::root_dir::{self, Kind, RootDir};
 use super::{Root, devices, tmpfs::TmpfsOptions};
-use crate::error::{AtStep, Result};
+use crate::error::{AtStep, Result, invalid};
 use crate::fork_server::NewContainer;
 use crate::{mounts, sys};
 
@@ -22,11 +22,23 @@ const NOEXEC: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOEXEC;
 const RDONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY;
 
 /// Prepares everything; the calling process still sees the agent's file system afterwards.
-pub(super) fn set_up(new: &NewContainer, root: OwnedFd, tty: bool) -> Result<Root> {
+pub(super) fn set_up(
+    new: &NewContainer,
+    root: OwnedFd,
+    ipc_donor: Option<OwnedFd>,
+    tty: bool,
+) -> Result<Root> {
     let spec = &new.spec;
     rustix::process::umask(Mode::empty());
-    // Now, because the root of a cgroup namespace is the cgroup its maker is in.
-    sys::unshare(UnshareFlags::NEWCGROUP).at("make a cgroup namespace")?;
+    if !spec.host_cgroups {
+        // Now, because the root of a cgroup namespace is the cgroup its maker is in.
+        sys::unshare(UnshareFlags::NEWCGROUP).at("make a cgroup namespace")?;
+    }
+    if let Some(donor) = ipc_donor {
+        let ipc = ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION;
+        rustix::thread::move_into_thread_name_spaces(donor.as_fd(), ipc)
+            .at_kind(ErrorKind::Conflict, "join the other container's IPC namespace")?;
+    }
     names_and_network(spec)?;
 
     let mount_point = root_dir::open_directory(&new.mount_point).at("open the mount point")?;
@@ -34,9 +46,11 @@ pub(super) fn set_up(new: &NewContainer, root: OwnedFd, tty: bool) -> Result<Roo
     let root = RootDir::new(root);
 
     mount_fixed(&root, "/proc", "proc", &[], NOSUID | NODEV | NOEXEC)?;
-    let devpts = devices::mount(&root, spec.shm_size)?;
-    mount_fixed(&root, "/sys", "sysfs", &[], NOSUID | NODEV | NOEXEC | RDONLY)?;
-    mount_fixed(&root, "/sys/fs/cgroup", "cgroup2", &[], NOSUID | NODEV | NOEXEC | RDONLY)?;
+    let devpts = devices::mount(&root, new)?;
+    let unless = |writable: bool| if writable { MountAttrFlags::empty() } else { RDONLY };
+    mount_fixed(&root, "/sys", "sysfs", &[], NOSUID | NODEV | NOEXEC | unless(spec.privileged))?;
+    let cgroups = NOSUID | NODEV | NOEXEC | unless(spec.privileged || spec.writable_cgroups);
+    mount_fixed(&root, "/sys/fs/cgroup", "cgroup2", &[], cgroups)?;
     tmpfs_mounts(&root, spec)?;
     for (file, source) in spec.files.iter().zip(&new.files) {
         let step = || format!("mount {}", file.path);
@@ -76,16 +90,42 @@ pub(super) fn enter(root: &RootDir) -> Result<()> {
 }
 
 fn names_and_network(spec: &ContainerSpec) -> Result<()> {
-    rustix::system::sethostname(spec.hostname.as_bytes()).at("set the host name")?;
-    if !spec.domainname.is_empty() {
-        rustix::system::setdomainname(spec.domainname.as_bytes()).at("set the domain name")?;
+    if !spec.host_uts {
+        rustix::system::sethostname(spec.hostname.as_bytes()).at("set the host name")?;
+        if !spec.domainname.is_empty() {
+            rustix::system::setdomainname(spec.domainname.as_bytes()).at("set the domain name")?;
+        }
     }
     sys::loopback_up().at("bring the loopback interface up")?;
     // As Docker: ping without a raw socket, and low ports for every user.
     for (name, value) in [("ping_group_range", "0 2147483647"), ("ip_unprivileged_port_start", "0")] {
         std::fs::write(format!("/proc/sys/net/ipv4/{name}"), value).at(format!("set net.ipv4.{name}"))?;
     }
+    for (name, value) in &spec.sysctls {
+        let path = sysctl_path(name).ok_or_else(|| invalid(format!("`{name}` is no name of a parameter")))?;
+        std::fs::write(&path, value).at(format!("set sysctl {name}: open {path}"))?;
+    }
     Ok(())
+}
+
+/// The file of a kernel parameter. As sysctl(8) has it, the first separator in a name, a dot or a slash, is the one that counts.
+pub(crate) fn sysctl_path(name: &str) -> Option<String> {
+    let swap = |c| match c {
+        '.' => '/',
+        '/' => '.',
+        other => other,
+    };
+    let slashes = name.find(['.', '/']).is_some_and(|at| name.as_bytes()[at] == b'/');
+    let path: String = if slashes { name.to_owned() } else { name.chars().map(swap).collect() };
+    let plain = |part: &str| {
+        !part.is_empty()
+            && part != ".."
+            && part != "."
+            && part
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.' | b':' | b'@'))
+    };
+    path.split('/').all(plain).then(|| format!("/proc/sys/{path}"))
 }
 
 /// Mounts at a place that must be an ordinary directory: an image must not lead these anywhere else.
@@ -187,4 +227,24 @@ fn existing(root: &RootDir, path: &str) -> io::Result<Option<OwnedFd>> {
 
 fn is_directory(fd: &OwnedFd) -> io::Result<bool> {
     Ok(FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) == FileType::Directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_parameters_become_paths_below_proc_sys() {
+        for (name, path) in [
+            ("net.core.somaxconn", Some("/proc/sys/net/core/somaxconn")),
+            ("net.ipv4.conf.eth0/100.forwarding", Some("/proc/sys/net/ipv4/conf/eth0.100/forwarding")),
+            ("net/ipv4/conf/eth0.100/forwarding", Some("/proc/sys/net/ipv4/conf/eth0.100/forwarding")),
+            ("net/../kernel/core_pattern", None),
+            ("net..x", None),
+            ("", None),
+            ("net.a b", None),
+        ] {
+            assert_eq!(sysctl_path(name).as_deref(), path, "{name}");
+        }
+    }
 }

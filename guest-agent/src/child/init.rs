@@ -7,7 +7,7 @@ use rustix::process::{WaitOptions, WaitStatus};
 
 use super::capabilities;
 use crate::error::{AtStep, Result};
-use crate::seccomp::Filter;
+use crate::fork_server::Task;
 use crate::sys::{self, Forked};
 
 /// Forks; `None` in the process that shall run the program, the id of that process in the one that is to be init.
@@ -24,15 +24,17 @@ pub(super) fn fork_main() -> Result<Option<u32>> {
 }
 
 /// Is init.
-pub(super) fn run(main: u32, names: &[String], seccomp: Option<&Filter>, die_with_agent: bool) -> ! {
+pub(super) fn run(main: u32, task: &Task) -> ! {
     // The agent's descriptors are none of the container's business, nor are its capabilities.
     sys::close_everything();
     let _ = rustix::thread::set_name(c"coracle-init");
-    if limit(names, seccomp).is_err() {
+    // Where it is not the first process of a pid namespace, orphans are given to it all the same.
+    let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
+    if limit(task).is_err() {
         // The other process fails in the same way, and says so.
         sys::exit_now(255);
     }
-    if die_with_agent {
+    if task.die_with_agent {
         let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
     }
     loop {
@@ -48,10 +50,10 @@ pub(super) fn run(main: u32, names: &[String], seccomp: Option<&Filter>, die_wit
     }
 }
 
-fn limit(names: &[String], seccomp: Option<&Filter>) -> Result<()> {
-    let wanted = capabilities::wanted(names, false)?;
+fn limit(task: &Task) -> Result<()> {
+    let wanted = capabilities::wanted(&task.process.capabilities, task.all_capabilities)?;
     capabilities::bound(wanted)?;
-    if let Some(filter) = seccomp {
+    if let Some(filter) = &task.seccomp {
         sys::filter_system_calls(filter).at("install the seccomp filter")?;
     }
     capabilities::hold(wanted, wanted)

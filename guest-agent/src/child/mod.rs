@@ -28,6 +28,8 @@ use crate::{packet, sys};
 use root_dir::RootDir;
 
 pub(crate) use capabilities::parse as parse_capabilities;
+pub(crate) use container::sysctl_path;
+pub(crate) use devices::expand as expand_device;
 pub(crate) use files::{FilesPlace, FilesTask};
 pub(crate) use program::resource_of;
 pub(crate) use root_dir::open_directory;
@@ -42,26 +44,36 @@ pub(crate) struct ChildFds {
     /// The root file system, or the pidfd of the container to join.
     pub place: OwnedFd,
     stdio: Option<[OwnedFd; 3]>,
+    /// The container whose processes a new one shall see.
+    pub pid_donor: Option<OwnedFd>,
+    ipc_donor: Option<OwnedFd>,
 }
 
 impl ChildFds {
     /// Takes the descriptors of a packet apart.
-    pub(crate) fn from_packet(fds: Vec<OwnedFd>, with_stdio: bool) -> Option<Self> {
+    pub(crate) fn from_packet(
+        fds: Vec<OwnedFd>,
+        with_stdio: bool,
+        with_pid_donor: bool,
+        with_ipc_donor: bool,
+    ) -> Option<Self> {
         let mut fds = fds.into_iter();
         let (order, report, cgroup, place) = (fds.next()?, fds.next()?, fds.next()?, fds.next()?);
         let stdio = match with_stdio {
             true => Some([fds.next()?, fds.next()?, fds.next()?]),
             false => None,
         };
-        Some(Self { order, report, cgroup, place, stdio })
+        let pid_donor = if with_pid_donor { Some(fds.next()?) } else { None };
+        let ipc_donor = if with_ipc_donor { Some(fds.next()?) } else { None };
+        Some(Self { order, report, cgroup, place, stdio, pid_donor, ipc_donor })
     }
 }
 
 /// Carries the order out; never returns.
 pub(crate) fn run(fds: ChildFds) -> ! {
-    let ChildFds { order, report, cgroup, place, stdio } = fds;
-    drop(cgroup);
-    let work = || execute(order, &report, place, stdio);
+    let ChildFds { order, report, cgroup, place, stdio, pid_donor, ipc_donor } = fds;
+    drop((cgroup, pid_donor));
+    let work = || execute(order, &report, place, stdio, ipc_donor);
     let error = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
         Ok(Err(error)) => error,
         Ok(Ok(never)) => match never {},
@@ -73,7 +85,13 @@ pub(crate) fn run(fds: ChildFds) -> ! {
 
 enum Never {}
 
-fn execute(order: OwnedFd, report: &OwnedFd, place: OwnedFd, stdio: Option<[OwnedFd; 3]>) -> Result<Never> {
+fn execute(
+    order: OwnedFd,
+    report: &OwnedFd,
+    place: OwnedFd,
+    stdio: Option<[OwnedFd; 3]>,
+    ipc_donor: Option<OwnedFd>,
+) -> Result<Never> {
     let mut timeline = Timeline::default();
     let task = match read_order(order)? {
         Order::Process(task) => task,
@@ -92,7 +110,7 @@ fn execute(order: OwnedFd, report: &OwnedFd, place: OwnedFd, stdio: Option<[Owne
         Place::New(new) => {
             first_process = true;
             with_init = new.spec.init;
-            container::set_up(new, place, process.tty)?
+            container::set_up(new, place, ipc_donor, process.tty)?
         }
         Place::Joined => join(place)?,
     };
@@ -106,7 +124,7 @@ fn execute(order: OwnedFd, report: &OwnedFd, place: OwnedFd, stdio: Option<[Owne
     }
     if with_init && let Some(main) = init::fork_main()? {
         // From here on this process is the container's init; the other one goes on.
-        init::run(main, &process.capabilities, task.seccomp.as_ref(), task.die_with_agent);
+        init::run(main, &task);
     }
     let prepared = program::prepare(&root.dir, &task, first_process, stdio)?;
     timeline.mark("process");

@@ -9,7 +9,7 @@ mod server;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use coracle_agent_api::{ContainerSpec, ProcessSpec};
+use coracle_agent_api::{ContainerSpec, IpcMode, PidMode, ProcessSpec};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
@@ -72,6 +72,21 @@ pub(crate) struct NewContainer {
     pub mount_point: String,
     /// The agent's copies of `spec.files`, in their order.
     pub files: Vec<String>,
+    /// The use of devices is ruled by the cgroup, so that their nodes need not be kept from opening anything.
+    pub devices_ruled: bool,
+    /// What /dev/shm is.
+    pub shm: Shm,
+}
+
+/// A container's /dev/shm.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Shm {
+    /// A tmpfs of its own.
+    New,
+    /// Not there.
+    Missing,
+    /// That of others, at this path in the agent's file system.
+    Shared(String),
 }
 
 /// Descriptors that go to a new process.
@@ -82,6 +97,10 @@ pub(crate) struct TaskFds<'a> {
     pub cgroup: BorrowedFd<'a>,
     /// For a new container: the detached mount of its root file system. To join: the pidfd of the container's first process.
     pub place: BorrowedFd<'a>,
+    /// The first process of the container whose processes a new one shall see.
+    pub pid_donor: Option<BorrowedFd<'a>>,
+    /// The first process of the container whose memory a new one shall share.
+    pub ipc_donor: Option<BorrowedFd<'a>>,
     /// Standard input, output and error; without them the process gets a terminal.
     pub stdio: Option<[BorrowedFd<'a>; 3]>,
 }
@@ -89,7 +108,14 @@ pub(crate) struct TaskFds<'a> {
 /// Flags in a request's first byte.
 const JOIN: u8 = 1;
 const STDIO: u8 = 2;
-const NO_NAMESPACES: u8 = 4;
+/// Namespaces that a new container does not get: it has the agent's, or a donor's.
+const NO_PID: u8 = 4;
+const NO_IPC: u8 = 8;
+const NO_UTS: u8 = 16;
+const PID_DONOR: u8 = 32;
+const IPC_DONOR: u8 = 64;
+/// No new namespaces at all.
+const NO_NAMESPACES: u8 = 128;
 
 /// What a new process reports about itself; the end of the stream without an error means that the program runs.
 #[derive(Debug, Serialize, Deserialize)]
@@ -144,22 +170,23 @@ impl ForkServer {
 
     /// Clones a process that carries out the order and reports over `fds.report`.
     pub(crate) async fn spawn(&self, order: OrderRef<'_>, fds: TaskFds<'_>) -> Result<Cloned> {
-        let (joins, stays) = match order {
-            OrderRef::Process(task) => (matches!(task.place, Place::Joined), false),
-            OrderRef::Files(_) => (false, true),
+        let placement = match order {
+            OrderRef::Process(Task { place: Place::Joined, .. }) => JOIN,
+            OrderRef::Process(Task { place: Place::New(new), .. }) => shared_namespaces(&new.spec),
+            OrderRef::Files(_) => NO_NAMESPACES,
         };
         let order = memfd(order).at_kind(ErrorKind::Internal, "write the order to a memfd")?;
-        let mut flags = 0;
+        let mut flags = placement;
         let mut all = vec![order.as_fd(), fds.report, fds.cgroup, fds.place];
-        if joins {
-            flags |= JOIN;
-        }
-        if stays {
-            flags |= NO_NAMESPACES;
-        }
         if let Some(stdio) = fds.stdio {
             flags |= STDIO;
             all.extend(stdio);
+        }
+        for (donor, flag) in [(fds.pid_donor, PID_DONOR), (fds.ipc_donor, IPC_DONOR)] {
+            if let Some(donor) = donor {
+                flags |= flag;
+                all.push(donor);
+            }
         }
         let socket = self.socket.lock().await;
         let sent = |_: &OwnedFd| packet::send(socket.get_ref(), &[flags], &all);
@@ -180,6 +207,20 @@ impl ForkServer {
             None => Err(io::Error::from_raw_os_error(number)).at("clone the process"),
         }
     }
+}
+
+fn shared_namespaces(spec: &ContainerSpec) -> u8 {
+    let mut flags = 0;
+    if !matches!(spec.pid, PidMode::Private) {
+        flags |= NO_PID;
+    }
+    if matches!(spec.ipc, IpcMode::Host | IpcMode::Container(_)) {
+        flags |= NO_IPC;
+    }
+    if spec.host_uts {
+        flags |= NO_UTS;
+    }
+    flags
 }
 
 fn memfd(order: OrderRef<'_>) -> io::Result<OwnedFd> {

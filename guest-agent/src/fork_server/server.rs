@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType};
 
-use super::{JOIN, NO_NAMESPACES, STDIO};
+use super::{IPC_DONOR, JOIN, NO_IPC, NO_NAMESPACES, NO_PID, NO_UTS, PID_DONOR, STDIO};
 use crate::child::{self, ChildFds};
 use crate::sys::Cloned;
 use crate::{packet, sys};
@@ -40,7 +40,9 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
     loop {
         let (bytes, fds) = packet::receive(socket)?;
         let [flags] = bytes.as_slice() else { return Ok(()) };
-        let Some(fds) = ChildFds::from_packet(fds, flags & STDIO != 0) else {
+        let Some(fds) =
+            ChildFds::from_packet(fds, flags & STDIO != 0, flags & PID_DONOR != 0, flags & IPC_DONOR != 0)
+        else {
             return Err(io::ErrorKind::InvalidData.into());
         };
         match clone(&fds, *flags, &own_pid_namespace) {
@@ -55,13 +57,19 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
 }
 
 fn clone(fds: &ChildFds, flags: u8, own_pid_namespace: &std::fs::File) -> io::Result<Option<Cloned>> {
-    if flags & JOIN == 0 {
-        let namespaces = if flags & NO_NAMESPACES == 0 { NEW_NAMESPACES } else { 0 };
-        return sys::clone_into(fds.cgroup.as_fd(), namespaces);
+    let join = flags & JOIN != 0;
+    let not_made = [(NO_PID, libc::CLONE_NEWPID), (NO_IPC, libc::CLONE_NEWIPC), (NO_UTS, libc::CLONE_NEWUTS)];
+    let mut namespaces = if join || flags & NO_NAMESPACES != 0 { 0 } else { NEW_NAMESPACES };
+    for (flag, namespace) in not_made {
+        if flags & flag != 0 {
+            namespaces &= !(namespace as u64);
+        }
     }
+    let donor = if join { Some(&fds.place) } else { fds.pid_donor.as_ref() };
+    let Some(donor) = donor else { return sys::clone_into(fds.cgroup.as_fd(), namespaces) };
     // Only children change their pid namespace: the process must be born in it.
-    rustix::thread::move_into_thread_name_spaces(fds.place.as_fd(), ThreadNameSpaceType::PROCESS_ID)?;
-    let cloned = sys::clone_into(fds.cgroup.as_fd(), 0);
+    rustix::thread::move_into_thread_name_spaces(donor.as_fd(), ThreadNameSpaceType::PROCESS_ID)?;
+    let cloned = sys::clone_into(fds.cgroup.as_fd(), namespaces);
     if !matches!(cloned, Ok(None)) {
         rustix::thread::move_into_link_name_space(
             own_pid_namespace.as_fd(),
