@@ -2,6 +2,7 @@
 
 mod container;
 mod image;
+mod isolation;
 mod registry;
 
 use std::path::PathBuf;

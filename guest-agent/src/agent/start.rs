@@ -39,6 +39,15 @@ struct Prepared {
     donors: Donors,
 }
 
+/// Where a process is born.
+struct Site<'a> {
+    cgroup: &'a Cgroup,
+    /// See [`TaskFds::place`].
+    place: BorrowedFd<'a>,
+    /// The first processes of the containers whose processes and memory it shares.
+    donors: [Option<BorrowedFd<'a>>; 2],
+}
+
 /// Containers whose namespaces a new one joins.
 struct Donors {
     pid: Option<Arc<Container>>,
@@ -123,8 +132,8 @@ impl Agent {
             seccomp: seccomp.as_deref().cloned(),
             die_with_agent: self.die_with_agent,
         };
-        let place = holdings.root.as_fd();
-        match self.launch(id, id, &task, &holdings.cgroup, place, donors.fds(), &mut phases).await {
+        let site = Site { cgroup: &holdings.cgroup, place: holdings.root.as_fd(), donors: donors.fds() };
+        match self.launch(id, id, &task, site, &mut phases).await {
             Ok((process, started)) => {
                 let pidfd = process.pidfd.clone();
                 let cgroup = holdings.cgroup.clone();
@@ -218,8 +227,8 @@ impl Agent {
             die_with_agent: self.die_with_agent,
         };
         let place = container.pidfd.get_ref().as_fd();
-        let launched =
-            self.launch(&id, &container.id, &task, &container.cgroup, place, [None, None], &mut phases).await;
+        let site = Site { cgroup: &container.cgroup, place, donors: [None, None] };
+        let launched = self.launch(&id, &container.id, &task, site, &mut phases).await;
         let (process, started) = launched.map_err(|error| match self.containers.running(&container.id) {
             Some(_) => error,
             // It ended meanwhile: that is the reason, whatever the symptom.
@@ -237,9 +246,7 @@ impl Agent {
         id: &ProcessId,
         container: &ProcessId,
         task: &Task,
-        cgroup: &Cgroup,
-        place: BorrowedFd<'_>,
-        [pid_donor, ipc_donor]: [Option<BorrowedFd<'_>>; 2],
+        site: Site<'_>,
         phases: &mut Phases,
     ) -> Result<(Arc<Process>, Started)> {
         let (ours, theirs) = streams(&task.process).at("make the standard streams")?;
@@ -250,6 +257,7 @@ impl Agent {
             let stdio = theirs
                 .as_ref()
                 .map(|[stdin, stdout, stderr]| [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
+            let Site { cgroup, place, donors: [pid_donor, ipc_donor] } = site;
             let (report, cgroup) = (child_report.as_fd(), cgroup.as_fd());
             let fds = TaskFds { report, cgroup, place, pid_donor, ipc_donor, stdio };
             let cloned = self.fork_server.spawn(OrderRef::Process(task), fds).await?;

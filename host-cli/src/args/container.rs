@@ -6,7 +6,11 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use super::{SessionArgs, size};
+use super::{
+    SessionArgs,
+    isolation::{Isolation, IsolationOptions, security_option},
+    size,
+};
 
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true, override_usage = "coracle run [OPTIONS] IMAGE [COMMAND] [ARG...]")]
@@ -137,6 +141,8 @@ pub(crate) struct CreateOptions {
     /// Seconds that it has to stop
     #[arg(long, value_name = "SECONDS")]
     stop_timeout: Option<i64>,
+    #[command(flatten)]
+    isolation: IsolationOptions,
     /// Print help
     #[arg(long, action = clap::ArgAction::HelpLong)]
     help: Option<bool>,
@@ -208,6 +214,8 @@ struct HostConfig {
     security_opt: Vec<String>,
     #[serde(skip_serializing_if = "String::is_empty")]
     network_mode: String,
+    #[serde(flatten)]
+    isolation: Isolation,
 }
 
 #[derive(Debug, PartialEq, Serialize)]
@@ -276,8 +284,13 @@ impl CreateOptions {
             cap_add: self.cap_add.clone(),
             cap_drop: self.cap_drop.clone(),
             group_add: self.group_add.clone(),
-            security_opt: self.security_opt.clone(),
+            security_opt: self
+                .security_opt
+                .iter()
+                .map(|text| security_option(text))
+                .collect::<Result<_>>()?,
             network_mode: self.network.clone().unwrap_or_default(),
+            isolation: self.isolation.body()?,
         })
     }
 }
