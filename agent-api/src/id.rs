@@ -68,6 +68,11 @@ hex_id! {
     DiffId
 }
 
+hex_id! {
+    /// A volume. It is not the volume's name: one that was removed and made again under its old name is another one.
+    VolumeId
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

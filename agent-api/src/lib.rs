@@ -15,7 +15,9 @@
 //! | `GET /v1/containers/{id}/processes` | → [`Processes`] | the processes of a running container |
 //! | `DELETE /v1/containers/{id}` | → 204 | removes a stopped container's writable layer |
 //! | `POST /v1/containers/{id}/files` | [`files::FilesRequest`], upgrade to [`files::FILES_PROTOCOL`] | reads, writes, compares the files of a container, whether or not it runs; see [`files`] |
-//! | `POST /v1/containers/retain` | [`Retain`] → 204 | removes the writable layer of every container that is not named |
+//! | `POST /v1/containers/retain` | [`Retain`] → 204 | removes the writable layer of every container, and every volume, that is not named |
+//! | `GET /v1/volumes` | → [`VolumeUsage`] list | the volumes that there are, with the space that each takes |
+//! | `DELETE /v1/volumes/{id}` | → 204 | removes a volume and what it holds |
 //! | `DELETE /v1/layers/{diff_id}` | → 204 | unmounts a layer that no running container uses and gives its partition back |
 //! | `POST /v1/execs/{id}` | [`ExecSpec`] → [`Started`] | starts a further process in a running container |
 //! | `GET /v1/processes/{id}/output?after=N` | upgrade to [`OUTPUT_PROTOCOL`] | [`frame`]s of the process with a sequence number above N; the client sends [`frame::Ack`]s |
@@ -40,12 +42,14 @@ mod seccomp;
 mod types;
 
 pub use confinement::*;
-pub use id::{DiffId, IdError, ProcessId};
+pub use id::{DiffId, IdError, ProcessId, VolumeId};
 pub use seccomp::*;
 pub use types::*;
 
 /// Version of this API; both ends must have the same.
-pub const API_VERSION: u32 = 3;
+pub const API_VERSION: u32 = 4;
+/// Where the guest has its data disk.
+pub const DATA_DISK: &str = "/data";
 /// Port on the host (vsock CID 2) that the agent dials when it is ready.
 pub const READY_PORT: u32 = 1024;
 /// Port in the guest on which the agent serves this API.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Device, DeviceRule, DiffId, IpcMode, PidMode, ProcessId, Seccomp};
+use crate::{Device, DeviceRule, DiffId, IpcMode, PidMode, ProcessId, Seccomp, VolumeId};
 
 /// What the agent says first, on its own connection to the host.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -85,6 +85,9 @@ pub struct ContainerSpec {
     /// Further tmpfs mounts.
     #[serde(default)]
     pub tmpfs: Vec<TmpfsMount>,
+    /// Volumes to mount; together with `tmpfs`, what lies deeper is mounted later.
+    #[serde(default)]
+    pub volumes: Vec<VolumeMount>,
     /// Files that the daemon writes for the container (`/etc/hosts` and the like): bind mounts from the agent's own copy.
     #[serde(default)]
     pub files: Vec<InjectedFile>,
@@ -141,6 +144,35 @@ pub struct TmpfsMount {
     /// Mount options as in `docker run --tmpfs PATH:OPTIONS`; empty means Docker's defaults (`noexec,nosuid,nodev`).
     #[serde(default)]
     pub options: String,
+}
+
+/// A volume in a container. The volume is made, empty, if the guest does not have it yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeMount {
+    /// Which one.
+    pub volume: VolumeId,
+    /// Absolute path in the container.
+    pub path: String,
+    /// The directory in the volume that is mounted, relative to its root, where it must exist; empty means the whole volume.
+    #[serde(default)]
+    pub subpath: String,
+    /// The container can only read it.
+    #[serde(default)]
+    pub readonly: bool,
+    /// If the volume is empty, fill it first with what the image has at `path`, whose owner and mode it takes over too.
+    #[serde(default)]
+    pub copy_up: bool,
+}
+
+/// A volume and its size.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeUsage {
+    /// Which one.
+    pub volume: VolumeId,
+    /// Bytes that its files take on the data disk.
+    pub bytes: u64,
 }
 
 /// A file given by the daemon.
@@ -460,6 +492,8 @@ pub struct AgentState {
 pub struct Retain {
     /// Containers whose writable layers stay.
     pub containers: Vec<ProcessId>,
+    /// Volumes that stay; all of them if it is not there.
+    pub volumes: Option<Vec<VolumeId>>,
 }
 
 /// Body of `POST /v1/processes/{id}/signal`.

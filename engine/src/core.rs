@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use coracle_agent_api::{AgentState, DiffId, ProcessId, ProcessState};
+use coracle_agent_api::{AgentState, DiffId, ProcessId, ProcessState, Retain};
 use coracle_image_store::{ImageId, ImageStore, registry::Registries};
 use futures_util::future::join_all;
 use tokio::sync::{Notify, RwLock, oneshot};
@@ -33,9 +33,10 @@ use crate::{
     registries::RegistrySource,
     sandbox::{SandboxFactory, SandboxId},
     sandboxes::{Host, LayerFile, Sandboxes},
-    store::{Records, Store},
+    store::{Facts, Records, Store},
     time::UnixNanos,
     timings::Timings,
+    volumes::Volumes,
 };
 
 /// What an engine is made for.
@@ -59,6 +60,7 @@ pub(crate) struct Core {
     pub(crate) sandboxes: Sandboxes,
     pub(crate) events: Events,
     pub(crate) containers: Registry,
+    pub(crate) volumes: Volumes,
     pub(crate) execs: Execs,
     pub(crate) timings: Timings,
     /// Held for reading while a container is made of an image, for writing while an image is removed.
@@ -82,7 +84,7 @@ impl Core {
     ) -> Result<Arc<Self>> {
         let home = config.home.clone();
         let opened = tokio::task::spawn_blocking(move || open_home(&home)).await??;
-        let (store, records) = opened;
+        let (store, facts) = opened;
         let core = Arc::new(Self {
             config,
             registries: Registries::new(Arc::clone(&images)),
@@ -91,6 +93,7 @@ impl Core {
             sandboxes: Sandboxes::new(sandboxes),
             events: Events::new(),
             containers: Registry::default(),
+            volumes: Volumes::load(facts.volumes),
             execs: Execs::default(),
             timings: Timings::default(),
             image_gate: RwLock::default(),
@@ -100,7 +103,7 @@ impl Core {
             tasks: TaskTracker::new(),
             started: UnixNanos::now(),
         });
-        core.load(records).await?;
+        core.load(facts.containers).await?;
         core.take_over().await;
         core.finish_removals().await;
         images::forget_removed(&core).await;
@@ -125,7 +128,7 @@ impl Core {
 
     /// Makes sure that a sandbox runs.
     pub(crate) async fn start_sandbox(&self, host: &Host) -> Result<()> {
-        host.start(|| self.containers_in(host.id())).await.map(drop)
+        host.start(|| self.facts_of(host.id())).await.map(drop)
     }
 
     /// The files of an image's layers, lowest first.
@@ -140,12 +143,15 @@ impl Core {
         image.layers.into_iter().map(layer).collect()
     }
 
-    fn containers_in(&self, sandbox: &SandboxId) -> Vec<ProcessId> {
+    /// What a sandbox shall keep.
+    fn facts_of(&self, sandbox: &SandboxId) -> Retain {
         let all = self.containers.all();
-        all.iter()
+        let containers = all
+            .iter()
             .filter(|container| container.record().sandbox == *sandbox)
             .map(|container| container.id().clone())
-            .collect()
+            .collect();
+        Retain { containers, volumes: self.volumes.ids_in(sandbox) }
     }
 
     /// Whether everything in sandboxes is to end.
@@ -296,17 +302,18 @@ impl Core {
     async fn finish_removals(&self) {
         for container in self.containers.all() {
             let record = container.record();
-            if record.host_config.auto_remove
-                && record.state.status == Status::Exited
-                && let Err(error) = container.remove(false).await
-            {
-                tracing::error!(%error, name = record.name, "cannot remove a container");
+            if !record.host_config.auto_remove || record.state.status != Status::Exited {
+                continue;
+            }
+            match container.remove(false).await {
+                Ok(()) => self.remove_anonymous_volumes(&record).await,
+                Err(error) => tracing::error!(%error, name = record.name, "cannot remove a container"),
             }
         }
     }
 }
 
-fn open_home(home: &Path) -> Result<(Store, Records)> {
+fn open_home(home: &Path) -> Result<(Store, Facts)> {
     let folder = home.join("containers");
     std::fs::create_dir_all(&folder)
         .map_err(|error| Error::internal(format!("cannot make the folder {}: {error}", folder.display())))?;

@@ -124,6 +124,14 @@ impl Events {
         self.tell(Event { status: Some(action.to_owned()), id: Some(id.to_owned()), ..event });
     }
 
+    /// Tells a volume's event.
+    pub(crate) fn volume(&self, action: &str, name: &str, further: &[(&str, &str)]) {
+        let attributes = [("driver", "local")].iter().chain(further);
+        let attributes = attributes.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let event = self.event("volume", action, name, attributes);
+        self.tell(event);
+    }
+
     /// Past events, oldest first, and a receiver for all that come after them.
     pub(crate) fn subscribe(&self) -> (Vec<Arc<Event>>, broadcast::Receiver<Arc<Event>>) {
         let inner = self.inner.lock().expect("no holder panics");

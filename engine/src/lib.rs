@@ -23,6 +23,7 @@ mod sandboxes;
 mod store;
 mod time;
 mod timings;
+mod volumes;
 
 pub use core::EngineConfig;
 pub use engine::{Engine, ServeEnd};

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use coracle_agent_api::{DiffId, Layer, ProcessId};
+use coracle_agent_api::{DiffId, Layer, ProcessId, Retain};
 use tokio::sync::{Mutex as AsyncMutex, watch};
 
 use crate::{
@@ -63,13 +63,14 @@ impl Host {
         self.sandbox.state().borrow().running().is_some()
     }
 
-    /// Makes sure that it runs. Containers that are not named by `known` lose their writable layers, once for each boot.
-    pub(crate) async fn start(&self, known: impl FnOnce() -> Vec<ProcessId>) -> Result<Arc<Running>> {
+    /// Makes sure that it runs. Containers that are not named by `known` lose their writable layers, and volumes that are not
+    /// named are removed, once for each boot.
+    pub(crate) async fn start(&self, known: impl FnOnce() -> Retain) -> Result<Arc<Running>> {
         let running = self.sandbox.start().await?;
         let mut inside = self.inside.lock().await;
         if inside.instance != Some(running.instance) {
             *inside = Inside { instance: Some(running.instance), ..Inside::default() };
-            self.agent.retain(known()).await?;
+            self.agent.retain(&known()).await?;
         }
         Ok(running)
     }

@@ -4,6 +4,7 @@
 mod files;
 mod start;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use coracle_agent_api::{
     AgentState, DiffId, ErrorKind, ExitStatus, ProcessId, ProcessState, Processes, Resources, Retain, Stats,
+    VolumeId, VolumeUsage,
 };
 use tokio::sync::{Notify, watch};
 
@@ -23,6 +25,7 @@ use crate::processes::{self, Process, Registry};
 use crate::reaper::Reaper;
 use crate::seccomp;
 use crate::storage::{self, Storage};
+use crate::volumes::Volumes;
 use crate::{check, clock};
 
 /// Where the agent keeps its things.
@@ -52,6 +55,7 @@ pub(crate) struct Agent {
     files: files::Helpers,
     layers: Arc<Layers>,
     storage: Arc<Storage>,
+    volumes: Arc<Volumes>,
     cgroups: Arc<Cgroups>,
     seccomp: Arc<seccomp::Compiler>,
     reaper: Reaper,
@@ -85,6 +89,7 @@ impl Agent {
             files: files::Helpers::new(cgroups.create_for_helpers()?),
             layers: Layers::new(paths.layers.clone()),
             storage: Arc::new(Storage::new(&paths.data)?),
+            volumes: Arc::new(Volumes::new(&paths.data)?),
             cgroups,
             seccomp: Arc::default(),
             reaper,
@@ -158,9 +163,34 @@ impl Agent {
         let storage = self.storage.clone();
         let known =
             blocking(move || storage.list().at_kind(ErrorKind::Internal, "list the writable layers")).await?;
-        let keep: std::collections::HashSet<_> = retain.containers.iter().collect();
+        let keep: HashSet<_> = retain.containers.iter().collect();
         for id in known.iter().filter(|id| !keep.contains(id) && !self.processes.is_active(id)) {
             self.remove_container(id).await?;
+        }
+        let Some(keep) = &retain.volumes else { return Ok(()) };
+        let volumes = self.volumes.clone();
+        let known = blocking(move || volumes.list().at_kind(ErrorKind::Internal, "list the volumes")).await?;
+        let keep: HashSet<_> = keep.iter().collect();
+        for id in known.iter().filter(|id| !keep.contains(id)) {
+            self.remove_volume(id).await?;
+        }
+        Ok(())
+    }
+
+    /// Every volume with the space that it takes.
+    pub(crate) async fn volumes(&self) -> Result<Vec<VolumeUsage>> {
+        let volumes = self.volumes.clone();
+        blocking(move || volumes.usage().at_kind(ErrorKind::Internal, "measure the volumes")).await
+    }
+
+    /// Removes a volume. The deletion of its files goes on after the answer.
+    pub(crate) async fn remove_volume(&self, id: &VolumeId) -> Result<()> {
+        let (volumes, storage, id) = (self.volumes.clone(), self.storage.clone(), id.clone());
+        let trash =
+            blocking(move || volumes.remove(&id, &storage).at_kind(ErrorKind::Internal, "remove the volume"))
+                .await?;
+        if let Some(trash) = trash {
+            tokio::task::spawn_blocking(move || storage::delete(&trash));
         }
         Ok(())
     }

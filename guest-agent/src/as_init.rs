@@ -17,7 +17,7 @@ use crate::cgroup::Room;
 use crate::{Phases, cgroup, fork_server, hello, http, reap_orphans, runtime, sys};
 
 const DATA_DISK: &str = "/dev/vda";
-const DATA: &str = "/data";
+const DATA: &str = coracle_agent_api::DATA_DISK;
 const CGROUP: &str = "/sys/fs/cgroup";
 /// What the agent itself is guaranteed of the memory.
 const OWN_MEMORY: u64 = 32 * 1024 * 1024;

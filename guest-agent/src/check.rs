@@ -24,6 +24,12 @@ pub(crate) fn container(spec: &ContainerSpec) -> Result<()> {
         absolute("tmpfs", &mount.path)?;
         child::TmpfsOptions::parse(&mount.options)?;
     }
+    for mount in &spec.volumes {
+        absolute("volume", &mount.path)?;
+        if mount.subpath.starts_with('/') || mount.subpath.contains('\0') {
+            return Err(invalid(format!("the volume's path `{}` is not a relative path", mount.subpath)));
+        }
+    }
     let files = spec.files.iter().map(|file| ("file", &file.path));
     let masked = spec.masked_paths.iter().map(|path| ("masked path", path));
     let readonly = spec.readonly_paths.iter().map(|path| ("read-only path", path));

@@ -26,6 +26,7 @@ mod reaper;
 mod seccomp;
 mod storage;
 mod sys;
+mod volumes;
 
 use std::sync::Arc;
 

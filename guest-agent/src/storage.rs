@@ -90,9 +90,14 @@ impl Storage {
     /// Takes a container's writable layer away; what is left must be given to [`delete`], after the container's mount has
     /// gone. `None` if there was nothing.
     pub(crate) fn remove(&self, id: &ProcessId) -> io::Result<Option<PathBuf>> {
+        self.discard(&self.directory(id), id.as_str())
+    }
+
+    /// Takes a directory of the data disk away; what is left must be given to [`delete`]. `None` if there was nothing.
+    pub(crate) fn discard(&self, directory: &Path, name: &str) -> io::Result<Option<PathBuf>> {
         let number = self.removed.fetch_add(1, Ordering::Relaxed);
-        let trash = self.trash.join(format!("{}-{number}", id.as_str()));
-        match std::fs::rename(self.directory(id), &trash) {
+        let trash = self.trash.join(format!("{name}-{number}"));
+        match std::fs::rename(directory, &trash) {
             Ok(()) => Ok(Some(trash)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),

@@ -304,10 +304,13 @@ async fn the_writable_layer_lives_from_start_to_start_until_it_is_removed() {
         assert_eq!(agent.start_container(&id, &spec).await.unwrap_err().kind, ErrorKind::Conflict);
         agent.delete(&format!("/v1/processes/{id}")).await.unwrap();
     }
-    let retain = coracle_agent_api::Retain { containers: vec![id.clone()] };
+    let retain = coracle_agent_api::Retain { containers: vec![id.clone()], volumes: None };
     agent.post("/v1/containers/retain", &retain).await.unwrap();
     assert!(agent.data().join("containers").join(id.as_str()).exists());
-    agent.post("/v1/containers/retain", &coracle_agent_api::Retain { containers: vec![] }).await.unwrap();
+    agent
+        .post("/v1/containers/retain", &coracle_agent_api::Retain { containers: vec![], volumes: None })
+        .await
+        .unwrap();
     agent.start_container(&id, &spec).await.unwrap();
     assert_eq!(agent.output(&id).await.text(), "");
     agent.delete(&format!("/v1/containers/{id}")).await.unwrap();

@@ -3,6 +3,7 @@
 mod container;
 mod image;
 mod isolation;
+mod mount;
 mod registry;
 
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ pub(crate) use container::{CreateOptions, ExecArgs, PullPolicy, RunArgs, Timings
 pub(crate) use image::{
     HistoryArgs, ImageCommand, ImagesArgs, ImportArgs, LoadArgs, PruneArgs, RmiArgs, SaveArgs, TagArgs,
 };
+pub(crate) use mount::{VolumeArgs, VolumeCommand};
 pub(crate) use registry::{LoginArgs, LogoutArgs, PullArgs, PushArgs, SearchArgs};
 
 /// What the environment can say.
@@ -107,6 +109,8 @@ pub(crate) enum Command {
     Tag(TagArgs),
     /// Show everything known of containers or images as JSON
     Inspect(InspectArgs),
+    /// Make, list and remove volumes
+    Volume(VolumeArgs),
     /// The daemon itself
     #[command(hide = true)]
     Daemon(DaemonArgs),

@@ -34,8 +34,8 @@ fn the_whole_session() {
         ("the_same_words_in_coracle", the_same_words_in_coracle),
         ("the_guests_kernel_log_can_be_read", the_guests_kernel_log_can_be_read),
         (
-            "a_container_keeps_its_files_over_a_restart_of_the_vm",
-            a_container_keeps_its_files_over_a_restart_of_the_vm,
+            "containers_and_volumes_keep_their_files_over_a_restart_of_the_vm",
+            containers_and_volumes_keep_their_files_over_a_restart_of_the_vm,
         ),
     ];
     let mut failed = Vec::new();
@@ -284,7 +284,7 @@ fn the_guests_kernel_log_can_be_read() {
     assert!(log.contains("Linux version 6.12"), "{log}");
 }
 
-fn a_container_keeps_its_files_over_a_restart_of_the_vm() {
+fn containers_and_volumes_keep_their_files_over_a_restart_of_the_vm() {
     docker(&[
         "run",
         "--name",
@@ -295,8 +295,16 @@ fn a_container_keeps_its_files_over_a_restart_of_the_vm() {
         "cat /kept 2>/dev/null || echo precious >/kept",
     ])
     .ok();
+    // The volume is filled from the image, then belongs to whoever mounts it.
+    let script = "ls /bin/busybox; echo cargo > /bin/hold";
+    let filled = docker(&["run", "--rm", "-v", "vessel:/bin", "busybox", "/bin/busybox", "sh", "-c", script]);
+    assert_eq!(filled.text(), "/bin/busybox");
     CORACLE.coracle(&["down"]).ok();
     CORACLE.coracle(&["up"]).ok();
     assert_eq!(docker(&["start", "-a", "keeper"]).text(), "precious");
     docker(&["rm", "keeper"]).ok();
+    let read = CORACLE.coracle(&["run", "--rm", "-v", "vessel:/v:ro", "busybox", "cat", "/v/hold"]);
+    assert_eq!(read.text(), "cargo");
+    assert_eq!(CORACLE.coracle(&["volume", "ls", "-q"]).text(), "vessel");
+    assert_eq!(docker(&["volume", "rm", "vessel"]).text(), "vessel");
 }

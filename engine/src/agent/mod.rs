@@ -13,7 +13,7 @@ use std::{io, sync::Arc, time::Duration};
 use bytes::Bytes;
 use coracle_agent_api::{
     self as api, AgentState, ContainerSpec, DiffId, ExecSpec, OUTPUT_PROTOCOL, ProcessId, Processes,
-    Resources, Retain, STDIN_PROTOCOL, Signal, Started, Stats, TerminalSize,
+    Resources, Retain, STDIN_PROTOCOL, Signal, Started, Stats, TerminalSize, VolumeId, VolumeUsage,
     files::{FILES_PROTOCOL, FilesRequest},
 };
 use http::{Method, Request, Response, StatusCode, header};
@@ -120,8 +120,20 @@ impl Agent {
         self.delete(&format!("/v1/containers/{id}")).await
     }
 
-    pub(crate) async fn retain(&self, containers: Vec<ProcessId>) -> Result<(), AgentError> {
-        self.post_only("/v1/containers/retain", &Retain { containers }).await
+    /// Removes the writable layers and the volumes that are not named.
+    pub(crate) async fn retain(&self, retain: &Retain) -> Result<(), AgentError> {
+        self.post_only("/v1/containers/retain", retain).await
+    }
+
+    /// The volumes that there are, with the space that each takes. Measuring walks over all files.
+    pub(crate) async fn volumes(&self) -> Result<Vec<VolumeUsage>, AgentError> {
+        let path = "/v1/volumes";
+        let answer = self.call(Method::GET, path, Bytes::new(), START_TIME).await?;
+        parse(path, &answer)
+    }
+
+    pub(crate) async fn remove_volume(&self, id: &VolumeId) -> Result<(), AgentError> {
+        self.delete(&format!("/v1/volumes/{id}")).await
     }
 
     pub(crate) async fn remove_layer(&self, diff_id: &DiffId) -> Result<(), AgentError> {

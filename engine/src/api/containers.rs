@@ -8,7 +8,8 @@ use serde_json::{Map, Value, json};
 
 use super::{list, refuse, to_its_end};
 use crate::{
-    container::{Container, Stop, files, health::Health, record::Record, signal, state::Status},
+    container::{Container, Stop, files, health::Health, mounts, record::Record, signal, state::Status},
+    core::Core,
     error::{Error, Result},
     exec::not_running,
     http::{Request, Response, body},
@@ -99,8 +100,17 @@ pub(crate) async fn remove(request: &Request, id: &str) -> Result<Response> {
     let container = request.core.containers.find(id)?;
     refuse(request, "link", "--link")?;
     let force = request.query.flag("force");
-    // `v` asks for the removal of anonymous volumes, of which there are none.
-    to_its_end(&request.core, async move { container.remove(force).await }).await?;
+    let volumes = request.query.flag("v");
+    let core = Arc::clone(&request.core);
+    to_its_end(&request.core, async move {
+        let record = container.record();
+        container.remove(force).await?;
+        if volumes {
+            core.remove_anonymous_volumes(&record).await;
+        }
+        Ok(())
+    })
+    .await?;
     Ok(body::empty(StatusCode::NO_CONTENT))
 }
 
@@ -129,7 +139,7 @@ pub(super) fn terminal_size(request: &Request) -> Result<TerminalSize> {
 pub(crate) async fn inspect(request: &Request, id: &str) -> Result<Response> {
     let container = request.core.containers.find(id)?;
     let execs = request.core.execs.of(container.id());
-    let mut description = describe(&container, &execs);
+    let mut description = describe(&request.core, &container, &execs);
     if request.query.flag("size") {
         let (written, all) = files::sizes(&request.core, &container).await?;
         description["SizeRw"] = json!(written);
@@ -138,7 +148,7 @@ pub(crate) async fn inspect(request: &Request, id: &str) -> Result<Response> {
     Ok(body::ok(&description))
 }
 
-fn describe(container: &Arc<Container>, execs: &[String]) -> Value {
+fn describe(core: &Core, container: &Arc<Container>, execs: &[String]) -> Value {
     let record = container.record();
     let command = record.config.command();
     let tells_path = record.host_config.log_config.driver == "json-file";
@@ -168,7 +178,7 @@ fn describe(container: &Arc<Container>, execs: &[String]) -> Value {
         "ExecIDs": if execs.is_empty() { Value::Null } else { json!(execs) },
         "HostConfig": host_config(&record),
         "GraphDriver": { "Name": "erofs", "Data": {} },
-        "Mounts": [],
+        "Mounts": mounts::describe(core, &record),
         "Config": config(&record),
         "NetworkSettings": {
             "Bridge": "",
@@ -220,10 +230,7 @@ fn config(record: &Record) -> Value {
 /// What was asked for, and Docker's defaults for what cannot be asked for yet.
 fn host_config(record: &Record) -> Value {
     let mut value = json!({
-        "Binds": null,
         "PortBindings": {},
-        "VolumeDriver": "",
-        "VolumesFrom": null,
         "Dns": [],
         "DnsOptions": [],
         "DnsSearch": [],
@@ -240,9 +247,20 @@ fn host_config(record: &Record) -> Value {
     });
     let own = serde_json::to_value(&record.host_config).expect("a configuration has no map with odd keys");
     if let (Some(all), Value::Object(own)) = (value.as_object_mut(), own) {
-        let empty_is_null =
-            ["CapAdd", "CapDrop", "DeviceCgroupRules", "ExtraHosts", "GroupAdd", "SecurityOpt"];
+        let empty_is_null = [
+            "Binds",
+            "CapAdd",
+            "CapDrop",
+            "DeviceCgroupRules",
+            "ExtraHosts",
+            "GroupAdd",
+            "SecurityOpt",
+            "VolumesFrom",
+        ];
         for (name, value) in own {
+            if name == "Mounts" && value.as_array().is_some_and(Vec::is_empty) {
+                continue;
+            }
             let empty = value.as_array().is_some_and(Vec::is_empty) && empty_is_null.contains(&name.as_str());
             all.insert(name, if empty { Value::Null } else { value });
         }

@@ -1,5 +1,7 @@
 //! `/containers/create`: from a checked request and an image to a container on disk.
 
+use std::sync::Arc;
+
 use coracle_image_store::{Image, Platform};
 use http::StatusCode;
 use serde_json::json;
@@ -7,12 +9,15 @@ use serde_json::json;
 use super::images;
 use crate::{
     container::{
-        actor,
+        Container, actor,
         config::{Config, HostConfig},
-        isolation, names,
+        isolation,
+        mounts::{self, Wanted},
+        names,
         options::CreateRequest,
         record::Record,
     },
+    core::Core,
     error::{Error, Result, chain},
     http::{Request, Response, body},
     sandbox::SandboxId,
@@ -27,7 +32,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
     let _image_stays = core.image_gate.read().await;
     let image = find_image(&request, &config).await?;
     let platform = check_platform(&request, &image)?;
-    all_warnings.extend(warnings(&config, &host_config, &image));
+    all_warnings.extend(warnings(&config, &host_config));
     config.merge_image(&image.config.config)?;
     if !config.working_dir.is_empty() && !config.working_dir.starts_with('/') {
         return Err(Error::invalid(format!(
@@ -36,6 +41,9 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
         )));
     }
     name_donors(&request, &mut host_config);
+    // Until the container is known, its volumes must not go.
+    let _volumes_stay = core.volumes.gate.read().await;
+    let wanted = mounts::wanted(core, &config, &host_config)?;
     let sandbox = SandboxId::shared();
     warm_up(&request, &sandbox);
     let id = names::new_id();
@@ -51,7 +59,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
         config,
         host_config,
     );
-    let result = make(&request, record).await;
+    let result = make(&request, record, wanted).await;
     let container = match result {
         Ok(container) => container,
         Err(error) => {
@@ -67,8 +75,18 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
 }
 
 /// Writes it down, then lets it be found.
-async fn make(request: &Request, record: Record) -> Result<std::sync::Arc<crate::container::Container>> {
+async fn make(request: &Request, mut record: Record, wanted: Vec<Wanted>) -> Result<Arc<Container>> {
     let core = &request.core;
+    let (volumes, made) = core.make_volumes(wanted).await?;
+    record.volumes = volumes;
+    let result = write_down(core, record).await;
+    if result.is_err() {
+        core.undo_volumes(&made).await;
+    }
+    result
+}
+
+async fn write_down(core: &Arc<Core>, record: Record) -> Result<Arc<Container>> {
     let folder = core.container_folder(&record.id);
     std::fs::create_dir_all(&folder).map_err(|error| {
         Error::internal(format!("cannot make the container's folder {}: {error}", folder.display()))
@@ -93,7 +111,7 @@ async fn make(request: &Request, record: Record) -> Result<std::sync::Arc<crate:
 
 /// Starts the sandbox while the container is written down and the client makes its next calls.
 fn warm_up(request: &Request, sandbox: &SandboxId) {
-    let core = std::sync::Arc::clone(&request.core);
+    let core = Arc::clone(&request.core);
     let host = core.sandboxes.get(sandbox);
     if host.is_running() {
         return;
@@ -150,16 +168,13 @@ fn normalized(architecture: &str) -> &str {
     }
 }
 
-fn warnings(config: &Config, host_config: &HostConfig, image: &Image) -> Vec<String> {
+fn warnings(config: &Config, host_config: &HostConfig) -> Vec<String> {
     let mut warnings = Vec::new();
     if host_config.network_mode != "none" && !config.network_disabled {
         warnings.push(
             "Coracle has no container networks yet: this container has a loopback interface only (use --network none to be rid of this warning)."
                 .to_owned(),
         );
-    }
-    if !image.config.config.volumes.is_empty() {
-        warnings.push("The image declares volumes, which Coracle does not have yet: their data lives in the container's writable layer.".to_owned());
     }
     warnings
 }

@@ -135,12 +135,14 @@ pub(super) fn matches(record: &Record, filters: &Filters) -> bool {
             record.state.status == Status::Exited && wanted.parse() == Ok(record.state.exit_code)
         })
         && filters.any("ancestor", ancestor)
+        && filters.any("volume", |wanted| {
+            record.volumes.iter().any(|attached| attached.volume == wanted || attached.path == wanted)
+        })
         && filters.any("network", |wanted| wanted == network(record))
         && filters.any("expose", |wanted| exposes(record, wanted))
-        // There is no swarm whose task a container could be, and no port is published and no volume mounted yet.
+        // There is no swarm whose task a container could be, and no port is published yet.
         && filters.any("is-task", |wanted| matches!(wanted, "0" | "false" | "False" | "f" | "F" | "FALSE"))
         && filters.values("publish").is_empty()
-        && filters.values("volume").is_empty()
         && filters.labels("label", |name| record.config.labels.get(name).map(String::as_str))
 }
 

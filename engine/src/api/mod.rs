@@ -20,6 +20,7 @@ pub(crate) mod system;
 pub(crate) mod top;
 mod transfer;
 pub(crate) mod update;
+pub(crate) mod volumes;
 pub(crate) mod wait;
 
 use std::sync::Arc;

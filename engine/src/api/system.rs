@@ -166,13 +166,14 @@ pub(crate) async fn disk_usage(request: &Request) -> Result<Response> {
         }
         containers.push(summary);
     }
+    let volumes = super::volumes::usage(core).await;
     Ok(body::json(
         StatusCode::OK,
         &json!({
             "LayersSize": total,
             "Images": summaries,
             "Containers": containers,
-            "Volumes": [],
+            "Volumes": volumes,
             "BuildCache": [],
         }),
     ))

@@ -223,7 +223,8 @@ impl Actor {
         self.mark("sandbox-ready");
         let layers = self.attach_layers(&host).await?;
         self.mark("layers-attached");
-        let spec = spec::build(&self.record, layers, self.donors()?)?;
+        let volumes = self.core.volume_mounts(&self.record)?;
+        let spec = spec::build(&self.record, layers, self.donors()?, volumes)?;
         let id = self.record.id.clone();
         let started = match host.agent().start(&id, &spec).await {
             // Left from a start that an earlier daemon did not live to hear of.
@@ -242,6 +243,7 @@ impl Actor {
         if let Some(log) = self.container.log() {
             log.begin(None).map_err(Error::from)?;
         }
+        self.core.tell_of_volumes("mount", &self.record);
         // Its first output need not wait for the disk: a daemon that ends now finds the process and its log again.
         self.attend(&host, 0);
         if let Err(error) = self.apply(change, BTreeMap::new()).await {
@@ -344,10 +346,8 @@ impl Actor {
         }
         self.container.fanout.close();
         self.container.stdin.end();
-        if self.record.host_config.auto_remove
-            && let Err(error) = self.remove().await
-        {
-            tracing::error!(%error, "cannot remove a container that did not start");
+        if self.record.host_config.auto_remove {
+            self.remove_by_itself().await;
         }
         error
     }
@@ -451,6 +451,14 @@ impl Actor {
         self.container.fanout.close();
         self.container.publish(Arc::new(self.record.clone()), true);
         Ok(())
+    }
+
+    /// As `--rm` asks for.
+    async fn remove_by_itself(&mut self) {
+        match self.remove().await {
+            Ok(()) => self.core.remove_anonymous_volumes(&self.record).await,
+            Err(error) => tracing::error!(%error, "cannot remove a container that has ended"),
+        }
     }
 
     async fn remove_everything(&self) -> Result<()> {

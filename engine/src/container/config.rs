@@ -68,6 +68,10 @@ pub(crate) struct HostConfig {
     pub(crate) readonly_rootfs: bool,
     pub(crate) security_opt: Vec<String>,
     pub(crate) tmpfs: BTreeMap<String, String>,
+    pub(crate) binds: Vec<String>,
+    pub(crate) mounts: Vec<MountRequest>,
+    pub(crate) volumes_from: Vec<String>,
+    pub(crate) volume_driver: String,
     pub(crate) shm_size: i64,
     pub(crate) ulimits: Vec<Ulimit>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -130,6 +134,52 @@ pub(crate) struct LogConfig {
 pub(crate) struct RestartPolicy {
     pub(crate) name: String,
     pub(crate) maximum_retry_count: i64,
+}
+
+/// Docker's `Mount`: what `--mount` asks for; [`super::mounts`] reads it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct MountRequest {
+    #[serde(rename = "Type")]
+    pub(crate) kind: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(crate) source: String,
+    pub(crate) target: String,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) read_only: bool,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(crate) consistency: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) volume_options: Option<VolumeOptions>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tmpfs_options: Option<TmpfsOptions>,
+}
+
+/// What `--mount type=volume` can say more.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct VolumeOptions {
+    pub(crate) no_copy: bool,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) driver_config: DriverConfig,
+    pub(crate) subpath: String,
+}
+
+/// Who keeps a volume, and how.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct DriverConfig {
+    pub(crate) name: String,
+    pub(crate) options: BTreeMap<String, String>,
+}
+
+/// What `--mount type=tmpfs` can say more.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct TmpfsOptions {
+    pub(crate) size_bytes: i64,
+    pub(crate) mode: u32,
+    pub(crate) options: Vec<Vec<String>>,
 }
 
 /// A resource limit; -1 is unlimited.

@@ -10,6 +10,7 @@ pub(crate) mod files;
 pub(crate) mod health;
 pub(crate) mod isolation;
 pub(crate) mod log_options;
+pub(crate) mod mounts;
 pub(crate) mod names;
 pub(crate) mod options;
 pub(crate) mod record;

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::{
     capability,
     config::{Config, HostConfig, Ulimit, env_name},
-    isolation, log_options, refused, resources,
+    isolation, log_options, mounts, refused, resources,
     restart::Policy,
     seccomp, signal,
 };
@@ -36,7 +36,7 @@ impl CreateRequest {
         let networking = take_object(&mut members, "NetworkingConfig")?;
         refused::check_config(&members)?;
         refused::check_host_config(&host_members)?;
-        let mut config: Config = typed(members)?;
+        let config: Config = typed(members)?;
         let mut host_config: HostConfig = typed(host_members)?;
         if host_config.network_mode.is_empty() {
             "default".clone_into(&mut host_config.network_mode);
@@ -45,8 +45,6 @@ impl CreateRequest {
             "none".clone_into(&mut host_config.network_mode);
         }
         refused::check_networking(&networking, &host_config.network_mode)?;
-        // Refused above unless empty; the image's own are merged in later.
-        config.volumes.clear();
         let warnings = resources::check(&mut host_config, false)?;
         let request = Self { config, host_config, warnings };
         request.check()?;
@@ -80,6 +78,7 @@ impl CreateRequest {
         capability::resolve(&host_config.cap_add, &host_config.cap_drop)?;
         rlimits(&host_config.ulimits)?;
         tmpfs(host_config)?;
+        mounts::check(config, host_config)?;
         for host in &host_config.extra_hosts {
             hosts_line(host)?;
         }
@@ -271,7 +270,9 @@ pub(crate) fn tmpfs(host: &HostConfig) -> Result<Vec<TmpfsMount>> {
         }
         Ok(TmpfsMount { path: path.clone(), options: options.clone() })
     };
-    host.tmpfs.iter().map(convert).collect()
+    let mut tmpfs: Vec<TmpfsMount> = host.tmpfs.iter().map(convert).collect::<Result<_>>()?;
+    tmpfs.extend(mounts::tmpfs(host)?);
+    Ok(tmpfs)
 }
 
 /// Converts `--add-host NAME:ADDRESS` to a line of /etc/hosts.

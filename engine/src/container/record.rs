@@ -34,7 +34,26 @@ pub(crate) struct Record {
     pub(crate) platform: String,
     pub(crate) config: Config,
     pub(crate) host_config: HostConfig,
+    /// The volumes that are mounted.
+    #[serde(default)]
+    pub(crate) volumes: Vec<Attachment>,
     pub(crate) state: State,
+}
+
+/// A volume in a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Attachment {
+    /// The volume's name.
+    pub(crate) volume: String,
+    /// Where it is mounted.
+    pub(crate) path: String,
+    /// Which directory of it; empty for all of it.
+    pub(crate) subpath: String,
+    pub(crate) readonly: bool,
+    /// It is not filled from the image.
+    pub(crate) no_copy: bool,
+    /// The mode as the client wrote it.
+    pub(crate) mode: String,
 }
 
 /// Why bytes are no record.
@@ -61,7 +80,20 @@ impl Record {
         let created = UnixNanos::now();
         let image = image.to_string();
         let state = State::created();
-        Self { format: FORMAT, id, name, created, sandbox, image, platform, config, host_config, state }
+        let volumes = Vec::new();
+        Self {
+            format: FORMAT,
+            id,
+            name,
+            created,
+            sandbox,
+            image,
+            platform,
+            config,
+            host_config,
+            volumes,
+            state,
+        }
     }
 
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, RecordError> {

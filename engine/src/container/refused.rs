@@ -21,11 +21,9 @@ const CONFIG: &[Refused] = &[
     no("MacAddress", "--mac-address"),
     no("OnBuild", "ONBUILD"),
     no("Shell", "SHELL"),
-    no("Volumes", "--volume"),
 ];
 
 const HOST_CONFIG: &[Refused] = &[
-    no("Binds", "--volume"),
     no("Cgroup", "Cgroup"),
     no("CpuCount", "--cpu-count"),
     no("CpuPercent", "--cpu-percent"),
@@ -38,12 +36,9 @@ const HOST_CONFIG: &[Refused] = &[
     no("IOMaximumBandwidth", "--io-maxbandwidth"),
     no("IOMaximumIOps", "--io-maxiops"),
     no("Links", "--link"),
-    no("Mounts", "--mount"),
     no("PortBindings", "--publish"),
     no("PublishAllPorts", "--publish-all"),
     no("StorageOpt", "--storage-opt"),
-    no("VolumeDriver", "--volume-driver"),
-    no("VolumesFrom", "--volumes-from"),
 ];
 
 const EXEC: &[Refused] = &[];
@@ -159,19 +154,13 @@ mod tests {
         let defaults = r#"{"Binds":null,"PortBindings":{}}"#;
         assert!(check_host_config(&object(defaults)).is_ok());
         for (json, option) in [
-            (r#"{"Binds":["/a:/b"]}"#, "--volume"),
             (r#"{"PortBindings":{"80/tcp":[{"HostPort":"80"}]}}"#, "--publish"),
+            (r#"{"Links":["a:b"]}"#, "--link"),
         ] {
             let error = check_host_config(&object(json)).unwrap_err();
             assert_eq!(error.status(), 501);
             assert!(error.to_string().starts_with(option), "{error}");
         }
-    }
-
-    #[test]
-    fn a_volume_is_refused_although_its_value_is_an_empty_object() {
-        assert!(check_config(&object(r#"{"Volumes":{}}"#)).is_ok());
-        assert!(check_config(&object(r#"{"Volumes":{"/data":{}}}"#)).is_err());
     }
 
     #[test]

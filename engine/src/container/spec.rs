@@ -1,7 +1,7 @@
 //! From a container's record to what the agent is told to start.
 
 use coracle_agent_api::{
-    ContainerSpec, InjectedFile, IpcMode, Layer, PidMode, ProcessSpec, Seccomp, TerminalSize,
+    ContainerSpec, InjectedFile, IpcMode, Layer, PidMode, ProcessSpec, Seccomp, TerminalSize, VolumeMount,
 };
 
 use super::{
@@ -40,7 +40,12 @@ pub(crate) struct Donors {
 }
 
 /// Builds the specification.
-pub(crate) fn build(record: &Record, layers: Vec<Layer>, donors: Donors) -> Result<ContainerSpec> {
+pub(crate) fn build(
+    record: &Record,
+    layers: Vec<Layer>,
+    donors: Donors,
+    volumes: Vec<VolumeMount>,
+) -> Result<ContainerSpec> {
     let host = &record.host_config;
     let security = options::security(&host.security_opt)?;
     let hidden = |given: Option<&Vec<String>>, defaults: &[&str]| match host.privileged {
@@ -59,6 +64,7 @@ pub(crate) fn build(record: &Record, layers: Vec<Layer>, donors: Donors) -> Resu
             .filter(|size| *size > 0)
             .unwrap_or(options::DEFAULT_SHM.unsigned_abs()),
         tmpfs: options::tmpfs(host)?,
+        volumes,
         files: files(record)?,
         masked_paths: hidden(host.masked_paths.as_ref(), MASKED_PATHS),
         readonly_paths: hidden(host.readonly_paths.as_ref(), READONLY_PATHS),
@@ -171,7 +177,7 @@ mod tests {
         let name = "web".to_owned();
         let record =
             Record::new(id, name, SandboxId::shared(), &image, "linux/amd64".to_owned(), config, host_config);
-        build(&record, Vec::new(), Donors::default()).unwrap()
+        build(&record, Vec::new(), Donors::default(), Vec::new()).unwrap()
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::{Request, Response};
 use crate::{
     api::{
         archive, attach, containers, create, events, exec, images, load, logs, private, prune, pull, push,
-        registry, stats, system, top, update, wait,
+        registry, stats, system, top, update, volumes, wait,
     },
     error::{Error, Result},
 };
@@ -90,6 +90,11 @@ pub(super) async fn route(request: Request) -> Result<Response> {
         ("POST", ["exec", id, "resize"]) => exec::resize(&request, id).await,
 
         ("POST", ["build", "prune"]) => Ok(system::prune_build_cache()),
+        ("GET", ["volumes"]) => volumes::list(&request),
+        ("POST", ["volumes", "create"]) => volumes::create(request).await,
+        ("POST", ["volumes", "prune"]) => volumes::prune(&request).await,
+        ("GET", ["volumes", name]) => volumes::inspect(&request, name),
+        ("DELETE", ["volumes", name]) => volumes::remove(&request, name).await,
 
         ("GET", ["coracle", "status"]) => private::status(&request).await,
         ("GET", ["coracle", "timings", container]) => private::timings(&request, container),
@@ -110,9 +115,7 @@ fn missing(method: &str, path: &[&str]) -> Error {
         (_, ["networks", ..]) => {
             "networks are not supported by Coracle yet: containers have a loopback interface only"
         }
-        (_, ["volumes", ..]) => {
-            "volumes are not supported by Coracle yet: data lives in a container's writable layer"
-        }
+        ("PUT", ["volumes", _]) => "cluster volumes are not supported by Coracle: use local ones",
         (_, ["swarm" | "services" | "tasks" | "nodes" | "secrets" | "configs", ..]) => {
             "swarm mode is not supported by Coracle: run containers one by one or with Compose"
         }
@@ -135,7 +138,7 @@ mod tests {
             ("POST", "build"),
             ("GET", "networks"),
             ("POST", "networks/create"),
-            ("GET", "volumes"),
+            ("PUT", "volumes/x"),
             ("POST", "swarm/init"),
         ] {
             let path: Vec<&str> = path.split('/').collect();

@@ -1,4 +1,4 @@
-//! The engine's facts on disk: one record for each container, in an embedded database that survives `kill -9` and power loss.
+//! The engine's facts on disk: one record for each container and each volume, in an embedded database that survives `kill -9` and power loss.
 //!
 //! The database is synchronous and has one writer, so writes go over a channel to a thread of their own; what arrives
 //! together is committed together. A write is answered when it is durable. Records are opaque bytes here.
@@ -9,10 +9,11 @@ use std::{
     thread,
 };
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition};
 use tokio::sync::oneshot;
 
-const CONTAINERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("containers");
+const CONTAINERS: Table = TableDefinition::new("containers");
+const VOLUMES: Table = TableDefinition::new("volumes");
 /// How many writes one commit takes at most.
 const BATCH: usize = 256;
 
@@ -32,8 +33,19 @@ pub enum StoreError {
     Closed,
 }
 
+type Table = TableDefinition<'static, &'static str, &'static [u8]>;
+
 /// Keys and values.
 pub(crate) type Records = Vec<(String, Vec<u8>)>;
+
+/// Everything that is in the state file.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Facts {
+    /// Containers by id.
+    pub(crate) containers: Records,
+    /// Volumes by name.
+    pub(crate) volumes: Records,
+}
 
 enum Change {
     Put(Vec<u8>),
@@ -41,6 +53,7 @@ enum Change {
 }
 
 struct Write {
+    table: Table,
     key: String,
     change: Change,
     done: oneshot::Sender<Result<(), StoreError>>,
@@ -54,26 +67,36 @@ pub(crate) struct Store {
 
 impl Store {
     /// Opens or makes the file, and reads every record.
-    pub(crate) fn open(path: &Path) -> Result<(Self, Records), StoreError> {
+    pub(crate) fn open(path: &Path) -> Result<(Self, Facts), StoreError> {
         let database = open_database(path)?;
-        let records = read_all(&database).map_err(|error| failed(path, error))?;
+        let facts = read_all(&database).map_err(|error| failed(path, error))?;
         let (writes, inbox) = mpsc::channel();
         let path = path.to_owned();
         let writer = thread::Builder::new()
             .name("state-writer".to_owned())
             .spawn(move || write_until_closed(path, database, &inbox))
             .expect("the system can start a thread");
-        Ok((Self { writes: Mutex::new(Some(writes)), writer: Mutex::new(Some(writer)) }, records))
+        Ok((Self { writes: Mutex::new(Some(writes)), writer: Mutex::new(Some(writer)) }, facts))
     }
 
-    /// Writes a record; returns when it is durable.
-    pub(crate) async fn put(&self, key: &str, value: Vec<u8>) -> Result<(), StoreError> {
-        self.write(key, Change::Put(value)).await
+    /// Writes a container's record; returns when it is durable.
+    pub(crate) async fn put(&self, id: &str, value: Vec<u8>) -> Result<(), StoreError> {
+        self.write(CONTAINERS, id, Change::Put(value)).await
     }
 
-    /// Removes a record; returns when that is durable.
-    pub(crate) async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.write(key, Change::Delete).await
+    /// Removes a container's record; returns when that is durable.
+    pub(crate) async fn delete(&self, id: &str) -> Result<(), StoreError> {
+        self.write(CONTAINERS, id, Change::Delete).await
+    }
+
+    /// Writes a volume's record; returns when it is durable.
+    pub(crate) async fn put_volume(&self, name: &str, value: Vec<u8>) -> Result<(), StoreError> {
+        self.write(VOLUMES, name, Change::Put(value)).await
+    }
+
+    /// Removes a volume's record; returns when that is durable.
+    pub(crate) async fn delete_volume(&self, name: &str) -> Result<(), StoreError> {
+        self.write(VOLUMES, name, Change::Delete).await
     }
 
     /// Waits for the last write and closes the file.
@@ -85,9 +108,9 @@ impl Store {
         }
     }
 
-    async fn write(&self, key: &str, change: Change) -> Result<(), StoreError> {
+    async fn write(&self, table: Table, key: &str, change: Change) -> Result<(), StoreError> {
         let (done, answer) = oneshot::channel();
-        let write = Write { key: key.to_owned(), change, done };
+        let write = Write { table, key: key.to_owned(), change, done };
         let writes = self.writes.lock().expect("no holder panics").clone().ok_or(StoreError::Closed)?;
         writes.send(write).map_err(|_| StoreError::Closed)?;
         answer.await.map_err(|_| StoreError::Closed)?
@@ -102,9 +125,16 @@ fn open_database(path: &Path) -> Result<Database, StoreError> {
     Database::create(path).map_err(|error| failed(path, error.into()))
 }
 
-fn read_all(database: &Database) -> Result<Records, redb::Error> {
+fn read_all(database: &Database) -> Result<Facts, redb::Error> {
     let transaction = database.begin_read()?;
-    let table = match transaction.open_table(CONTAINERS) {
+    Ok(Facts {
+        containers: read_table(&transaction, CONTAINERS)?,
+        volumes: read_table(&transaction, VOLUMES)?,
+    })
+}
+
+fn read_table(transaction: &ReadTransaction, table: Table) -> Result<Records, redb::Error> {
+    let table = match transaction.open_table(table) {
         Ok(table) => table,
         Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
@@ -147,14 +177,12 @@ fn commit_with(path: &Path, slot: &mut Option<Database>, batch: &[Write]) -> Res
 
 fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
     let transaction = database.begin_write()?;
-    {
-        let mut table = transaction.open_table(CONTAINERS)?;
-        for write in batch {
-            match &write.change {
-                Change::Put(value) => table.insert(write.key.as_str(), value.as_slice())?,
-                Change::Delete => table.remove(write.key.as_str())?,
-            };
-        }
+    for write in batch {
+        let mut table = transaction.open_table(write.table)?;
+        match &write.change {
+            Change::Put(value) => table.insert(write.key.as_str(), value.as_slice())?,
+            Change::Delete => table.remove(write.key.as_str())?,
+        };
     }
     transaction.commit()?;
     Ok(())
@@ -168,15 +196,17 @@ mod tests {
     async fn what_was_written_is_read_after_a_reopening() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.redb");
-        let (store, records) = Store::open(&path).unwrap();
-        assert!(records.is_empty());
+        let (store, facts) = Store::open(&path).unwrap();
+        assert_eq!(facts, Facts::default());
         store.put("a", b"1".to_vec()).await.unwrap();
         store.put("b", b"2".to_vec()).await.unwrap();
         store.put("a", b"3".to_vec()).await.unwrap();
         store.delete("b").await.unwrap();
+        store.put_volume("a", b"4".to_vec()).await.unwrap();
         store.close();
-        let (store, records) = Store::open(&path).unwrap();
-        assert_eq!(records, [("a".to_owned(), b"3".to_vec())]);
+        let (store, facts) = Store::open(&path).unwrap();
+        assert_eq!(facts.containers, [("a".to_owned(), b"3".to_vec())]);
+        assert_eq!(facts.volumes, [("a".to_owned(), b"4".to_vec())]);
         store.close();
     }
 }

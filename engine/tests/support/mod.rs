@@ -224,8 +224,18 @@ impl Daemon {
 
     /// Loads a one-layer busybox image.
     pub(crate) fn load_busybox(&self) {
-        let archive = busybox_archive(self.machine.home.path());
-        assert!(self.ok(&["load", "-i", archive.to_str().unwrap()]).contains("Loaded image: busybox:latest"));
+        self.load_image("busybox", "{}", |_| ());
+    }
+
+    /// Loads a one-layer image of busybox and what is added to its root file system, with further words of configuration.
+    pub(crate) fn load_image(&self, name: &str, config: &str, add: impl FnOnce(&Path)) {
+        let folder = tempfile::tempdir_in(self.machine.home.path()).unwrap();
+        let root = busybox_rootfs(folder.path());
+        add(&root);
+        let archive = self.machine.home.path().join(format!("{name}.tar"));
+        make_archive(&archive, folder.path(), &root, name, config);
+        let loaded = self.ok(&["load", "-i", archive.to_str().unwrap()]);
+        assert!(loaded.contains(&format!("Loaded image: {name}:latest")), "{loaded}");
     }
 }
 
@@ -303,29 +313,35 @@ fn busybox_rootfs(folder: &Path) -> PathBuf {
     root
 }
 
-/// A docker archive of busybox, made with GNU tar.
-fn busybox_archive(folder: &Path) -> PathBuf {
-    let root = busybox_rootfs(folder);
+/// A docker archive of an image with one layer, made with GNU tar. `config` is a JSON object.
+fn make_archive(archive: &Path, folder: &Path, root: &Path, name: &str, config: &str) {
     let image = folder.join("image");
     std::fs::create_dir_all(&image).unwrap();
-    tar(&image.join("layer.tar"), &root);
+    tar(&image.join("layer.tar"), root);
     let sum = Command::new("sha256sum").arg(image.join("layer.tar")).output().unwrap();
     let diff_id = text(&sum.stdout)[..64].to_owned();
     let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
-    let config = format!(
-        r#"{{"architecture":"{architecture}","os":"linux","config":{{"Cmd":["sh"],"Env":["PATH=/bin"]}},"rootfs":{{"type":"layers","diff_ids":["sha256:{diff_id}"]}}}}"#
-    );
-    std::fs::write(image.join("config.json"), config).unwrap();
-    let manifest = r#"[{"Config":"config.json","RepoTags":["busybox:latest"],"Layers":["layer.tar"]}]"#;
-    std::fs::write(image.join("manifest.json"), manifest).unwrap();
-    let archive = folder.join("busybox.tar");
-    tar(&archive, &image);
-    archive
+    let mut all = serde_json::json!({
+        "architecture": architecture,
+        "os": "linux",
+        "config": { "Cmd": ["sh"], "Env": ["PATH=/bin"] },
+        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{diff_id}")] },
+    });
+    let further: serde_json::Map<String, serde_json::Value> = serde_json::from_str(config).unwrap();
+    all["config"].as_object_mut().unwrap().extend(further);
+    std::fs::write(image.join("config.json"), all.to_string()).unwrap();
+    let manifest = serde_json::json!([{
+        "Config": "config.json",
+        "RepoTags": [format!("{name}:latest")],
+        "Layers": ["layer.tar"],
+    }]);
+    std::fs::write(image.join("manifest.json"), manifest.to_string()).unwrap();
+    tar(archive, &image);
 }
 
 fn tar(archive: &Path, folder: &Path) {
     let made = Command::new("tar")
-        .args(["--numeric-owner", "--owner=0", "--group=0", "-cf"])
+        .args(["--numeric-owner", "-cf"])
         .arg(archive)
         .arg("-C")
         .arg(folder)

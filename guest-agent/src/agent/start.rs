@@ -31,6 +31,7 @@ const MAX_DEVICE_RULES: usize = 400;
 struct Prepared {
     holdings: Holdings,
     files: Vec<String>,
+    volumes: Vec<String>,
     seccomp: Option<Arc<Filter>>,
     shm: Shm,
     /// Where others find its shared memory.
@@ -120,11 +121,11 @@ impl Agent {
             }
         };
         phases.mark("prepared");
-        let Prepared { holdings, files, seccomp, shm, shared, devices_ruled, donors } = prepared;
+        let Prepared { holdings, files, volumes, seccomp, shm, shared, devices_ruled, donors } = prepared;
         let process = spec.process.clone();
         let all_capabilities = spec.privileged;
         let mount_point = self.mount_point.clone();
-        let new = NewContainer { spec, mount_point, files, devices_ruled, shm };
+        let new = NewContainer { spec, mount_point, files, volumes, devices_ruled, shm };
         let task = Task {
             place: Place::New(Box::new(new)),
             process,
@@ -167,10 +168,11 @@ impl Agent {
         let layers = self.layers.hold(&spec.layers)?;
         let root = self.storage.mount_root(id, &layers.lower_directories(), devices_ruled)?;
         let files = self.storage.write_files(id, &spec.files)?;
+        let volumes = self.volumes.prepare(&root, &spec.volumes)?;
         let (shm, shared, owned_shm) = self.shared_memory(id, spec, &donors)?;
         let cgroup = Arc::new(self.cgroups.create(id, &spec.cgroup_parent, &spec.resources, &devices)?);
         let holdings = Holdings { cgroup, root, layers, shm: owned_shm };
-        Ok(Prepared { holdings, files, seccomp, shm, shared, devices_ruled, donors })
+        Ok(Prepared { holdings, files, volumes, seccomp, shm, shared, devices_ruled, donors })
     }
 
     /// What /dev/shm is, where others find it, and what of it the container holds.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use coracle_agent_api::{ApiError, ContainerSpec, ErrorKind};
+use coracle_agent_api::{ApiError, ContainerSpec, ErrorKind, TmpfsMount, VolumeMount};
 use rustix::fs::{FileType, Mode};
 use rustix::mount::{MountAttrFlags, UnmountFlags};
 use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
@@ -51,7 +51,7 @@ pub(super) fn set_up(
     mount_fixed(&root, "/sys", "sysfs", &[], NOSUID | NODEV | NOEXEC | unless(spec.privileged))?;
     let cgroups = NOSUID | NODEV | NOEXEC | unless(spec.privileged || spec.writable_cgroups);
     mount_fixed(&root, "/sys/fs/cgroup", "cgroup2", &[], cgroups)?;
-    tmpfs_mounts(&root, spec)?;
+    wanted_mounts(&root, new)?;
     for (file, source) in spec.files.iter().zip(&new.files) {
         let step = || format!("mount {}", file.path);
         let target = root.find_or_make(&file.path, Kind::File).at(step())?;
@@ -163,27 +163,70 @@ fn fixed_directory(root: &RootDir, path: &str) -> io::Result<OwnedFd> {
     }
 }
 
-fn tmpfs_mounts(root: &RootDir, spec: &ContainerSpec) -> Result<()> {
-    let mut wanted: Vec<_> = spec.tmpfs.iter().collect();
-    // What lies deeper is mounted later.
-    wanted.sort_by_key(|mount| Path::new(&mount.path).components().count());
-    for mount in wanted {
-        let step = || format!("mount tmpfs at {}", mount.path);
-        let mut options = TmpfsOptions::parse(&mount.options)?;
-        let existing = match root.find(&mount.path) {
-            Ok(existing) => Some(existing),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
-            Err(error) => return Err(error).at(step()),
-        };
-        if let Some(existing) = existing {
-            let mode = rustix::fs::fstat(existing).at(step())?.st_mode & 0o7777;
-            options.default_mode(mode);
+/// What the client wants to be mounted.
+enum Wanted<'a> {
+    Tmpfs(&'a TmpfsMount),
+    Volume(&'a VolumeMount, &'a str),
+}
+
+impl Wanted<'_> {
+    fn path(&self) -> &str {
+        match self {
+            Self::Tmpfs(mount) => &mount.path,
+            Self::Volume(mount, _) => &mount.path,
         }
-        let target = root.find_or_make(&mount.path, Kind::Directory).at(step())?;
-        let made = mounts::new("tmpfs", &options.parameters(), options.attributes()).at(step())?;
-        mounts::attach(made, target).at(step())?;
+    }
+}
+
+fn wanted_mounts(root: &RootDir, new: &NewContainer) -> Result<()> {
+    let volumes = new.spec.volumes.iter().zip(&new.volumes);
+    let volumes = volumes.map(|(mount, directory)| Wanted::Volume(mount, directory));
+    let mut wanted: Vec<_> = new.spec.tmpfs.iter().map(Wanted::Tmpfs).chain(volumes).collect();
+    // What lies deeper is mounted later.
+    wanted.sort_by_key(|wanted| Path::new(wanted.path()).components().count());
+    for wanted in wanted {
+        match wanted {
+            Wanted::Tmpfs(mount) => mount_tmpfs(root, mount)?,
+            Wanted::Volume(mount, directory) => mount_volume(root, mount, directory, new.devices_ruled)?,
+        }
     }
     Ok(())
+}
+
+fn mount_tmpfs(root: &RootDir, mount: &TmpfsMount) -> Result<()> {
+    let step = || format!("mount tmpfs at {}", mount.path);
+    let mut options = TmpfsOptions::parse(&mount.options)?;
+    let existing = match root.find(&mount.path) {
+        Ok(existing) => Some(existing),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
+        Err(error) => return Err(error).at(step()),
+    };
+    if let Some(existing) = existing {
+        let mode = rustix::fs::fstat(existing).at(step())?.st_mode & 0o7777;
+        options.default_mode(mode);
+    }
+    let target = root.find_or_make(&mount.path, Kind::Directory).at(step())?;
+    let made = mounts::new("tmpfs", &options.parameters(), options.attributes()).at(step())?;
+    mounts::attach(made, target).at(step())
+}
+
+/// `directory` is the volume in the agent's file system. A volume holds what containers wrote: no path in it is trusted.
+fn mount_volume(root: &RootDir, mount: &VolumeMount, directory: &str, devices_ruled: bool) -> Result<()> {
+    let step = || format!("mount a volume at {}", mount.path);
+    let volume = RootDir::new(root_dir::open_directory(directory).at(step())?);
+    let source = volume
+        .find_directory(if mount.subpath.is_empty() { "." } else { &mount.subpath })
+        .at(format!("mount `{}` of a volume at {}", mount.subpath, mount.path))?;
+    let target = root.find_or_make(&mount.path, Kind::Directory).at(step())?;
+    if !is_directory(&target).at(step())? {
+        let message = format!("mount a volume at {}: it is not a directory in the image", mount.path);
+        return Err(ApiError::new(ErrorKind::StartFailed, message));
+    }
+    let made = mounts::bind(&source).at(step())?;
+    let readonly = if mount.readonly { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    let nodev = if devices_ruled { 0 } else { libc::MOUNT_ATTR_NODEV };
+    sys::mount_setattr(&made, false, nodev | readonly, 0).at(step())?;
+    mounts::attach(made, target).at(step())
 }
 
 fn hide(root: &RootDir, paths: &[String]) -> Result<()> {

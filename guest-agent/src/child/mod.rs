@@ -25,14 +25,13 @@ use rustix::thread::ThreadNameSpaceType;
 use crate::error::{AtStep, Result};
 use crate::fork_server::{Order, Place, Report};
 use crate::{packet, sys};
-use root_dir::RootDir;
 
 pub(crate) use capabilities::parse as parse_capabilities;
 pub(crate) use container::sysctl_path;
 pub(crate) use devices::expand as expand_device;
 pub(crate) use files::{FilesPlace, FilesTask};
 pub(crate) use program::resource_of;
-pub(crate) use root_dir::open_directory;
+pub(crate) use root_dir::{RootDir, open_directory};
 pub(crate) use tmpfs::TmpfsOptions;
 
 /// The descriptors that came with an order.

@@ -14,7 +14,7 @@ const DIRECTORY_MODE: Mode = Mode::from_raw_mode(0o755);
 const FILE_MODE: Mode = Mode::from_raw_mode(0o644);
 
 /// The root of a container's file system.
-pub(super) struct RootDir {
+pub(crate) struct RootDir {
     fd: OwnedFd,
 }
 
@@ -29,7 +29,7 @@ pub(super) enum Kind {
 
 impl RootDir {
     /// The directory behind a descriptor.
-    pub(super) fn new(fd: OwnedFd) -> Self {
+    pub(crate) fn new(fd: OwnedFd) -> Self {
         Self { fd }
     }
 
@@ -56,7 +56,7 @@ impl RootDir {
     }
 
     /// A handle (O_PATH) to what is there; symbolic links are followed within the root.
-    pub(super) fn find(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
+    pub(crate) fn find(&self, path: impl AsRef<Path>) -> io::Result<OwnedFd> {
         Ok(self.openat2(path.as_ref(), OFlags::PATH, ResolveFlags::empty())?)
     }
 

@@ -72,6 +72,8 @@ pub(crate) struct NewContainer {
     pub mount_point: String,
     /// The agent's copies of `spec.files`, in their order.
     pub files: Vec<String>,
+    /// The directories of `spec.volumes`, in their order.
+    pub volumes: Vec<String>,
     /// The use of devices is ruled by the cgroup, so that their nodes need not be kept from opening anything.
     pub devices_ruled: bool,
     /// What /dev/shm is.

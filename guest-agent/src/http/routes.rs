@@ -73,6 +73,12 @@ async fn route(
             detached(async move { agent.remove_container(&id).await }).await?;
             Ok(done())
         }
+        (&Method::GET, ["volumes"]) => agent.volumes().await.map(|volumes| json(&volumes)),
+        (&Method::DELETE, ["volumes", id]) => {
+            let id = parse(id)?;
+            detached(async move { agent.remove_volume(&id).await }).await?;
+            Ok(done())
+        }
         (&Method::DELETE, ["layers", id]) => {
             agent.release_layer(parse(id)?).await?;
             Ok(done())

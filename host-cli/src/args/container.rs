@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::{
     SessionArgs,
     isolation::{Isolation, IsolationOptions, security_option},
+    mount::{Mount, mount},
     size,
 };
 
@@ -114,6 +115,15 @@ pub(crate) struct CreateOptions {
     /// Make its root file system read-only
     #[arg(long)]
     read_only: bool,
+    /// Mount a volume
+    #[arg(short, long, value_name = "[NAME:]PATH[:OPTIONS]")]
+    volume: Vec<String>,
+    /// Mount a volume or a tmpfs: type=volume,src=NAME,dst=PATH
+    #[arg(long, value_name = "FIELDS")]
+    mount: Vec<String>,
+    /// Mount the volumes of another container
+    #[arg(long, value_name = "CONTAINER[:ro]")]
+    volumes_from: Vec<String>,
     /// Mount a tmpfs
     #[arg(long, value_name = "PATH[:OPTIONS]")]
     tmpfs: Vec<String>,
@@ -200,6 +210,12 @@ struct HostConfig {
     pids_limit: Option<i64>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     tmpfs: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    binds: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    mounts: Vec<Mount>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    volumes_from: Vec<String>,
     #[serde(skip_serializing_if = "is_zero")]
     shm_size: u64,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -279,6 +295,9 @@ impl CreateOptions {
             cpuset_cpus: self.cpuset_cpus.clone().unwrap_or_default(),
             pids_limit: self.pids_limit,
             tmpfs: self.tmpfs.iter().map(|mount| key_and_value(mount, ':')).collect(),
+            binds: self.volume.clone(),
+            mounts: self.mount.iter().map(|text| mount(text)).collect::<Result<_>>()?,
+            volumes_from: self.volumes_from.clone(),
             shm_size: self.shm_size.unwrap_or(0),
             ulimits: self.ulimit.iter().map(|limit| ulimit(limit)).collect::<Result<_>>()?,
             cap_add: self.cap_add.clone(),

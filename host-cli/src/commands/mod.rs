@@ -20,6 +20,7 @@ mod status;
 mod transfer;
 mod up;
 mod version;
+mod volumes;
 
 use crate::{
     args::{Command, ImageCommand},
@@ -63,6 +64,7 @@ pub(crate) async fn run(command: Command, home: Home, started: u64) -> Outcome {
         Command::Rm(args) => lifecycle::remove(&home, &args).await,
         Command::Rename(args) => lifecycle::rename(&home, &args).await,
         Command::Inspect(args) => inspect::run(&home, &args).await,
+        Command::Volume(args) => volumes::run(&home, &args.command).await,
         Command::Doctor | Command::Daemon(_) | Command::Vmm | Command::Bundle(_) => {
             unreachable!("the caller has carried these out")
         }

@@ -39,6 +39,7 @@ impl Actor {
         if let Err(error) = self.apply(change, duration).await {
             tracing::error!(%error, "cannot write down that a container ended");
         }
+        self.core.tell_of_volumes("unmount", &self.record);
         let host = self.host();
         host.release(&self.record.id).await;
         // Only now: until the end is on disk, the agent must be able to tell it again.
@@ -48,10 +49,8 @@ impl Actor {
         self.core.execs.forget_container(&self.record.id);
         if self.record.state.status == Status::Restarting {
             self.restart_after(run);
-        } else if self.record.host_config.auto_remove
-            && let Err(error) = self.remove().await
-        {
-            tracing::error!(%error, "cannot remove a container that ended");
+        } else if self.record.host_config.auto_remove {
+            self.remove_by_itself().await;
         }
     }
 

@@ -1,0 +1,154 @@
+//! The word that `--mount` takes, and the volumes' own commands.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+#[derive(Debug, Args)]
+pub(crate) struct VolumeArgs {
+    #[command(subcommand)]
+    pub(crate) command: VolumeCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// Make a volume
+    Create {
+        /// Labels, KEY=VALUE
+        #[arg(long, value_name = "KEY=VALUE")]
+        label: Vec<String>,
+        /// Its name; one is made up if it is not said
+        name: Option<String>,
+    },
+    /// List volumes
+    #[command(alias = "list")]
+    Ls {
+        /// Print names only
+        #[arg(short, long)]
+        quiet: bool,
+        /// Only those that fit: dangling=true, label=KEY[=VALUE], name=PART
+        #[arg(short, long, value_name = "NAME=VALUE")]
+        filter: Vec<String>,
+    },
+    /// Show everything known of volumes as JSON
+    Inspect {
+        /// The volumes
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Remove volumes and what they hold
+    #[command(alias = "remove")]
+    Rm {
+        /// One that does not exist is no failure
+        #[arg(short, long)]
+        force: bool,
+        /// The volumes
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Remove volumes that no container uses
+    Prune {
+        /// Those with a name, too
+        #[arg(short, long)]
+        all: bool,
+        /// Do not ask
+        #[arg(short, long)]
+        force: bool,
+    },
+}
+
+/// Docker's `Mount`.
+#[derive(Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct Mount {
+    #[serde(rename = "Type")]
+    kind: String,
+    source: String,
+    target: String,
+    read_only: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    volume_options: Option<VolumeOptions>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tmpfs_options: Option<TmpfsOptions>,
+}
+
+#[derive(Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct VolumeOptions {
+    no_copy: bool,
+    labels: BTreeMap<String, String>,
+    subpath: String,
+}
+
+#[derive(Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct TmpfsOptions {
+    size_bytes: u64,
+    mode: u32,
+}
+
+/// Reads `type=volume,source=NAME,target=PATH,…`.
+pub(super) fn mount(text: &str) -> Result<Mount> {
+    let mut mount = Mount { kind: "volume".to_owned(), ..Mount::default() };
+    for field in text.split(',') {
+        let (key, value) = field.split_once('=').unwrap_or((field, ""));
+        let is_true = || match value {
+            "" | "1" | "true" => Ok(true),
+            "0" | "false" => Ok(false),
+            _ => bail!("`{field}` in --mount is neither true nor false"),
+        };
+        match key {
+            "type" => value.clone_into(&mut mount.kind),
+            "source" | "src" => value.clone_into(&mut mount.source),
+            "target" | "dst" | "destination" => value.clone_into(&mut mount.target),
+            "readonly" | "ro" => mount.read_only = is_true()?,
+            "volume-nocopy" => mount.volume_options.get_or_insert_default().no_copy = is_true()?,
+            "volume-subpath" => value.clone_into(&mut mount.volume_options.get_or_insert_default().subpath),
+            "volume-label" => {
+                let (name, value) = value.split_once('=').unwrap_or((value, ""));
+                let labels = &mut mount.volume_options.get_or_insert_default().labels;
+                labels.insert(name.to_owned(), value.to_owned());
+            }
+            "tmpfs-size" => {
+                let size = super::size(value).map_err(anyhow::Error::msg);
+                let size = size.with_context(|| format!("`{field}` in --mount is no size"))?;
+                mount.tmpfs_options.get_or_insert_default().size_bytes = size;
+            }
+            "tmpfs-mode" => {
+                let mode = u32::from_str_radix(value, 8).ok().filter(|mode| *mode <= 0o7777);
+                let mode = mode.with_context(|| format!("`{field}` in --mount is no mode"))?;
+                mount.tmpfs_options.get_or_insert_default().mode = mode;
+            }
+            _ => bail!("`{field}` in --mount is not known"),
+        }
+    }
+    Ok(mount)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_is_read_field_by_field() {
+        let json = |text: &str| serde_json::to_value(mount(text).unwrap()).unwrap();
+        let volume = json("type=volume,src=db,dst=/data,readonly,volume-nocopy,volume-label=a=b");
+        assert_eq!((volume["Source"].as_str(), volume["Target"].as_str()), (Some("db"), Some("/data")));
+        assert_eq!(
+            (volume["ReadOnly"].as_bool(), volume["VolumeOptions"]["NoCopy"].as_bool()),
+            (Some(true), Some(true))
+        );
+        assert_eq!(volume["VolumeOptions"]["Labels"]["a"], "b");
+        let tmpfs = json("type=tmpfs,target=/t,tmpfs-size=1m,tmpfs-mode=1777");
+        assert_eq!(tmpfs["TmpfsOptions"], serde_json::json!({"SizeBytes": 1 << 20, "Mode": 0o1777}));
+    }
+
+    #[test]
+    fn what_a_mount_cannot_say_is_refused() {
+        for bad in ["", "fly=1", "ro=perhaps", "tmpfs-size=big", "tmpfs-mode=9", "tmpfs-mode=77777"] {
+            assert!(mount(bad).is_err(), "{bad}");
+        }
+    }
+}
