@@ -251,7 +251,6 @@ fn what_is_not_supported_is_refused_by_name() {
         assert!(refused.err().len() > 40, "{args:?}: {}", refused.err());
     }
     docker(&["network", "ls"]).code(1);
-    docker(&["import", "-"]).code(1);
     assert_eq!(docker(&["ps", "-aq"]).text(), "");
 }
 
