@@ -199,26 +199,32 @@ impl Log {
     }
 
     fn append(&self, inner: &mut Inner, lines: &[u8]) {
-        if lines.is_empty() {
-            return;
-        }
-        if self.limits.max_size.is_some_and(|max| inner.size >= max)
-            && let Err(error) = self.rotate(inner)
-        {
-            self.complain(inner, &error);
-        }
-        match inner.file.write_all(lines) {
-            Ok(()) => {
-                inner.size += lines.len() as u64;
-                inner.failing = false;
+        let mut rest = lines;
+        while !rest.is_empty() {
+            let mut part = rest;
+            if let Some(max) = self.limits.max_size {
+                match if inner.size >= max { self.rotate(inner) } else { Ok(()) } {
+                    // A file ends with the line that fills it, however many lines come together.
+                    Ok(()) => part = up_to_line_end(rest, max.saturating_sub(inner.size)),
+                    Err(error) => self.complain(inner, &error),
+                }
             }
-            Err(error) => {
-                self.complain(inner, &error);
-                // Whatever part of it went in is not a line: back to the last good end.
-                let _ = inner.file.set_len(inner.size);
+            match inner.file.write_all(part) {
+                Ok(()) => {
+                    inner.size += part.len() as u64;
+                    inner.failing = false;
+                }
+                Err(error) => {
+                    self.complain(inner, &error);
+                    // Whatever part of it went in is not a line: back to the last good end.
+                    let _ = inner.file.set_len(inner.size);
+                }
             }
+            rest = &rest[part.len()..];
         }
-        self.publish(inner);
+        if !lines.is_empty() {
+            self.publish(inner);
+        }
     }
 
     fn complain(&self, inner: &mut Inner, error: &io::Error) {
@@ -308,6 +314,13 @@ fn cut_torn_line(file: &File) -> io::Result<u64> {
         file.set_len(end)?;
     }
     Ok(end)
+}
+
+/// The lines that begin in the first `room` bytes; at least one.
+fn up_to_line_end(lines: &[u8], room: u64) -> &[u8] {
+    let begin = usize::try_from(room).unwrap_or(usize::MAX).min(lines.len()).saturating_sub(1);
+    let end = lines[begin..].iter().position(|byte| *byte == b'\n').map_or(lines.len(), |at| begin + at + 1);
+    &lines[..end]
 }
 
 #[cfg(test)]
