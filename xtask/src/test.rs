@@ -44,7 +44,13 @@ fn all(stages: &mut Stages) -> Result<()> {
     stages.run("dist", || dist::build().map(drop))?;
     stages.run("images", || images::build().map(drop))?;
     stages.run("test", || {
-        shell::run(guest::cargo().args(["test", "--workspace", "--exclude", "coracle-tests"]))
+        shell::run(guest::cargo().args([
+            "test",
+            "--workspace",
+            "--exclude",
+            "coracle-tests",
+            "--no-fail-fast",
+        ]))
     })?;
     let mut binaries = Vec::new();
     stages.run("build end-to-end tests", || {
