@@ -14,7 +14,7 @@ use super::message::{
     Answer, AttachSegment, Boot, DetachSegment, Event, ExitReason, FromClient, FromVmm, Outcome, Request,
     Status, VsockConnect, VsockListen,
 };
-use super::socket::{self, Received, SocketError};
+use coracle_worker::socket::{self, Received, SocketError};
 
 /// How long a call waits for its reply. A VMM answers in microseconds, except for `boot`, which builds a machine.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(120);

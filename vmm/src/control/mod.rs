@@ -8,12 +8,13 @@
 
 mod client;
 mod message;
-mod socket;
 
 pub use client::{Client, ClientError, Notice};
+pub use coracle_worker::socket::{
+    MAX_FDS, MAX_MESSAGE, Received, SocketError, accept, connect, listen, receive, send,
+};
 pub use message::{
     Answer, AttachSegment, Boot, BootTimes, DataDisk, DetachSegment, Event, ExitCounts, ExitReason,
     FileRegion, FromClient, FromVmm, MachineState, Outcome, Reply, Request, Status, VsockConnect,
     VsockCounts, VsockListen,
 };
-pub use socket::{MAX_FDS, MAX_MESSAGE, Received, SocketError, accept, connect, listen, receive, send};

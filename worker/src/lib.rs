@@ -1,0 +1,4 @@
+//! What the daemon's confined helper processes (the virtual machine monitor, the file server) have in common: the framing of their control
+//! sockets. Nothing here knows what the processes do.
+
+pub mod socket;
