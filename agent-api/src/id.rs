@@ -73,6 +73,11 @@ hex_id! {
     VolumeId
 }
 
+hex_id! {
+    /// A network. As with volumes, it is not the network's name.
+    NetworkId
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

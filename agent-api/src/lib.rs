@@ -18,6 +18,9 @@
 //! | `POST /v1/containers/retain` | [`Retain`] → 204 | removes the writable layer of every container, and every volume, that is not named |
 //! | `GET /v1/volumes` | → [`VolumeUsage`] list | the volumes that there are, with the space that each takes |
 //! | `DELETE /v1/volumes/{id}` | → 204 | removes a volume and what it holds |
+//! | `POST /v1/containers/{id}/endpoints` | [`Endpoint`] → 204 | connects a running container to a further network |
+//! | `DELETE /v1/containers/{id}/endpoints/{network}` | → 204 | takes a running container off a network; one that it is not on is none of its business |
+//! | `DELETE /v1/networks/{id}` | → 204 | removes the bridge of a network that no container is on |
 //! | `DELETE /v1/layers/{diff_id}` | → 204 | unmounts a layer that no running container uses and gives its partition back |
 //! | `POST /v1/execs/{id}` | [`ExecSpec`] → [`Started`] | starts a further process in a running container |
 //! | `GET /v1/processes/{id}/output?after=N` | upgrade to [`OUTPUT_PROTOCOL`] | [`frame`]s of the process with a sequence number above N; the client sends [`frame::Ack`]s |
@@ -38,16 +41,18 @@ mod confinement;
 pub mod files;
 pub mod frame;
 mod id;
+mod network;
 mod seccomp;
 mod types;
 
 pub use confinement::*;
-pub use id::{DiffId, IdError, ProcessId, VolumeId};
+pub use id::{DiffId, IdError, NetworkId, ProcessId, VolumeId};
+pub use network::*;
 pub use seccomp::*;
 pub use types::*;
 
 /// Version of this API; both ends must have the same.
-pub const API_VERSION: u32 = 4;
+pub const API_VERSION: u32 = 5;
 /// Where the guest has its data disk.
 pub const DATA_DISK: &str = "/data";
 /// Port on the host (vsock CID 2) that the agent dials when it is ready.

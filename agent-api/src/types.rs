@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Device, DeviceRule, DiffId, IpcMode, PidMode, ProcessId, Seccomp, VolumeId};
+use crate::{Device, DeviceRule, DiffId, IpcMode, Network, PidMode, ProcessId, Seccomp, VolumeId};
 
 /// What the agent says first, on its own connection to the host.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -124,6 +124,9 @@ pub struct ContainerSpec {
     /// Whose processes it sees.
     #[serde(default)]
     pub pid: PidMode,
+    /// Its interfaces.
+    #[serde(default)]
+    pub network: Network,
     /// It has the guest's host name.
     #[serde(default)]
     pub host_uts: bool,

@@ -1,6 +1,7 @@
 //! The agent itself: what the API's calls do. Starting goes through four stations: prepare (mounts, cgroup, files; blocking
 //! work off the event loop), clone (the fork server), set-up (the new process reports), supervise (a task per process).
 
+mod connect;
 mod files;
 mod start;
 
@@ -21,6 +22,7 @@ use crate::containers::{Container, Containers, Holdings};
 use crate::error::{AtStep, Result, conflict, from_io, not_found};
 use crate::fork_server::ForkServer;
 use crate::layers::Layers;
+use crate::network::Networks;
 use crate::processes::{self, Process, Registry};
 use crate::reaper::Reaper;
 use crate::seccomp;
@@ -56,6 +58,7 @@ pub(crate) struct Agent {
     layers: Arc<Layers>,
     storage: Arc<Storage>,
     volumes: Arc<Volumes>,
+    networks: Arc<Networks>,
     cgroups: Arc<Cgroups>,
     seccomp: Arc<seccomp::Compiler>,
     reaper: Reaper,
@@ -90,6 +93,7 @@ impl Agent {
             layers: Layers::new(paths.layers.clone()),
             storage: Arc::new(Storage::new(&paths.data)?),
             volumes: Arc::new(Volumes::new(&paths.data)?),
+            networks: Arc::new(Networks::new()?),
             cgroups,
             seccomp: Arc::default(),
             reaper,

@@ -1,4 +1,4 @@
-//! The agent as an ordinary root process: a mount namespace of its own, unix sockets instead of vsock, layers from files. It
+//! The agent as an ordinary root process: mount and network namespaces of its own, unix sockets instead of vsock, layers from files. It
 //! ends on SIGTERM, SIGINT or `POST /v1/shutdown`, and leaves no process, mount or cgroup behind.
 
 use std::io;
@@ -28,7 +28,8 @@ pub struct Options {
 pub fn run(options: &Options) -> io::Result<()> {
     let mut phases = Phases::default();
     phases.mark("agent-started");
-    sys::unshare(UnshareFlags::NEWNS)?;
+    sys::unshare(UnshareFlags::NEWNS | UnshareFlags::NEWNET)?;
+    sys::loopback_up()?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     std::fs::create_dir_all(&options.data)?;

@@ -1,6 +1,6 @@
 //! Checks requests before anything is done for them: what is out of range is refused by name.
 
-use coracle_agent_api::{ContainerSpec, IpcMode, ProcessId, ProcessSpec, Resources};
+use coracle_agent_api::{ContainerSpec, Endpoint, IpcMode, Network, ProcessId, ProcessSpec, Resources};
 
 use crate::child;
 use crate::error::{Result, invalid};
@@ -10,6 +10,9 @@ use crate::layers;
 const MAX_NAME: usize = 64;
 /// Groups between that of all containers and a container's own.
 const MAX_GROUPS: usize = 8;
+
+/// Networks that a container is on.
+const MAX_ENDPOINTS: usize = 100;
 
 /// Checks a container.
 pub(crate) fn container(spec: &ContainerSpec) -> Result<()> {
@@ -43,8 +46,37 @@ pub(crate) fn container(spec: &ContainerSpec) -> Result<()> {
     for name in spec.sysctls.keys() {
         sysctl(name, spec)?;
     }
+    if let Network::Endpoints(endpoints) = &spec.network {
+        if endpoints.len() > MAX_ENDPOINTS {
+            return Err(invalid(format!("a container can be on {MAX_ENDPOINTS} networks at most")));
+        }
+        endpoints.iter().try_for_each(endpoint)?;
+    }
     cgroup_parent(&spec.cgroup_parent)?;
     resources(&spec.resources)
+}
+
+/// Checks a place on a network.
+pub(crate) fn endpoint(endpoint: &Endpoint) -> Result<()> {
+    for name in [&endpoint.interface, &endpoint.bridge.interface] {
+        interface(name)?;
+    }
+    if endpoint.bridge.mtu.is_some_and(|mtu| mtu < 68) {
+        return Err(invalid("a packet has 68 bytes at least"));
+    }
+    Ok(())
+}
+
+/// The kernel's rule for names of interfaces, and what our own are called.
+fn interface(name: &str) -> Result<()> {
+    let legal = (1..=15).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'/' | b':'))
+        && !matches!(name, "." | ".." | "lo" | "all" | "default");
+    if legal {
+        Ok(())
+    } else {
+        Err(invalid(format!("`{}` is no name of an interface", name.escape_default())))
+    }
 }
 
 /// Parameters that belong to the container's own namespaces, and to no one else's.

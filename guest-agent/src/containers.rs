@@ -12,6 +12,8 @@ use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
 use crate::layers::LayerUse;
+use crate::network::namespace::Namespace;
+use crate::network::{Networks, Ports};
 use crate::seccomp::Filter;
 use crate::{child, mounts};
 
@@ -25,6 +27,10 @@ pub(crate) struct Container {
     pub seccomp: Option<Arc<Filter>>,
     /// The directory where others find its shared memory, if they may.
     pub shm: Option<String>,
+    /// Its network namespace; none if it has the guest's.
+    pub network: Option<Arc<Namespace>>,
+    /// Its interfaces, if it has a namespace of its own; none inside once it has ended.
+    pub ports: Option<Arc<Mutex<Option<Ports>>>>,
     /// The first process's pidfd, by which others join.
     pub pidfd: Arc<AsyncFd<OwnedFd>>,
 }
@@ -40,6 +46,31 @@ pub(crate) struct Holdings {
     pub layers: LayerUse,
     /// Its shared memory, if others may join it.
     pub shm: Option<SharedMemory>,
+    /// Its interfaces.
+    pub ports: Interfaces,
+}
+
+/// A container's interfaces, which come and go while it runs.
+pub(crate) struct Interfaces {
+    networks: Arc<Networks>,
+    /// None once they were given back.
+    pub ports: Arc<Mutex<Option<Ports>>>,
+}
+
+impl Interfaces {
+    /// None yet.
+    pub(crate) fn new(networks: &Arc<Networks>) -> Self {
+        Self { networks: networks.clone(), ports: Arc::new(Mutex::new(Some(Ports::default()))) }
+    }
+}
+
+impl Drop for Interfaces {
+    fn drop(&mut self) {
+        let ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(ports) = ports {
+            self.networks.give_back(ports);
+        }
+    }
 }
 
 /// A tmpfs in the agent's own file system, unmounted when this is dropped; those who mounted it from there keep it.
@@ -78,6 +109,8 @@ impl Drop for SharedMemory {
 impl Holdings {
     /// Gives everything back. Blocks.
     pub(crate) fn give_back(self, id: &ProcessId) {
+        // First, because its addresses may be someone else's by now.
+        drop(self.ports);
         if let Err(error) = self.cgroup.remove() {
             tracing::warn!(container = id.short(), "removing its cgroup failed: {error}");
         }

@@ -1,7 +1,7 @@
 //! The agent: PID 1 of the guest. It mounts layers, runs containers in their own namespaces and cgroups, and serves the
 //! agent API to the host. It trusts the host and nothing that comes out of an image or a container.
 //!
-//! It also runs as an ordinary root process, in a mount namespace of its own, so that containers can be tested in seconds
+//! It also runs as an ordinary root process, in mount and network namespaces of its own, so that containers can be tested in seconds
 //! without a VM.
 
 #[cfg(not(target_os = "linux"))]
@@ -20,6 +20,7 @@ mod fork_server;
 mod http;
 mod layers;
 mod mounts;
+mod network;
 mod packet;
 mod processes;
 mod reaper;

@@ -147,7 +147,7 @@ pub(crate) fn attach_device_program(cgroup: BorrowedFd<'_>, program: BorrowedFd<
     Ok(())
 }
 
-/// Leaves namespaces. Only for processes with one thread, and never with `FILES`.
+/// Leaves namespaces, those of the calling thread. Never with `FILES`, and never where another thread counts on sharing them.
 pub(crate) fn unshare(flags: UnshareFlags) -> io::Result<()> {
     assert!(!flags.contains(UnshareFlags::FILES));
     // SAFETY: the table of file descriptors stays shared, which is what the function warns of.

@@ -231,6 +231,7 @@ impl Agent {
                 place: ground.as_fd(),
                 pid_donor: None,
                 ipc_donor: None,
+                network: None,
                 stdio: Some([their_input.as_fd(), their_output.as_fd(), null.as_fd()]),
             };
             let cloned = self.fork_server.spawn(OrderRef::Files(&task), fds).await?;

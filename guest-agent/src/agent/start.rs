@@ -1,13 +1,13 @@
 //! Starting a process: a container's first one, or one that joins.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use coracle_agent_api::frame::Kind;
 use coracle_agent_api::{
-    ApiError, ContainerSpec, DeviceKind, DeviceRule, ErrorKind, ExecSpec, IpcMode, PidMode, ProcessId,
-    ProcessSpec, StartPhase, Started,
+    ApiError, ContainerSpec, DeviceKind, DeviceRule, ErrorKind, ExecSpec, IpcMode, Network, PidMode,
+    ProcessId, ProcessSpec, StartPhase, Started,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::Interest;
@@ -16,9 +16,10 @@ use tokio::sync::watch;
 
 use super::{Agent, blocking, files};
 use crate::cgroup::{Cgroup, Devices};
-use crate::containers::{Container, Holdings, SharedMemory};
+use crate::containers::{Container, Holdings, Interfaces, SharedMemory};
 use crate::error::{AtStep, Result, conflict, invalid};
 use crate::fork_server::{NewContainer, OrderRef, Place, Report, Shm, Task, TaskFds};
+use crate::network::namespace::Namespace;
 use crate::processes::spool::Spool;
 use crate::processes::{self, Process, Stdin, read_pipe, read_terminal, watch_fd};
 use crate::seccomp::Filter;
@@ -38,6 +39,7 @@ struct Prepared {
     shared: Option<String>,
     devices_ruled: bool,
     donors: Donors,
+    network: Option<Arc<Namespace>>,
 }
 
 /// Where a process is born.
@@ -47,6 +49,8 @@ struct Site<'a> {
     place: BorrowedFd<'a>,
     /// The first processes of the containers whose processes and memory it shares.
     donors: [Option<BorrowedFd<'a>>; 2],
+    /// See [`TaskFds::network`].
+    network: Option<BorrowedFd<'a>>,
 }
 
 /// Containers whose namespaces a new one joins.
@@ -121,8 +125,10 @@ impl Agent {
             }
         };
         phases.mark("prepared");
-        let Prepared { holdings, files, volumes, seccomp, shm, shared, devices_ruled, donors } = prepared;
+        let Prepared { holdings, files, volumes, seccomp, shm, shared, devices_ruled, donors, network } =
+            prepared;
         let process = spec.process.clone();
+        let new_network = spec.network.clone();
         let all_capabilities = spec.privileged;
         let mount_point = self.mount_point.clone();
         let new = NewContainer { spec, mount_point, files, volumes, devices_ruled, shm };
@@ -133,13 +139,27 @@ impl Agent {
             seccomp: seccomp.as_deref().cloned(),
             die_with_agent: self.die_with_agent,
         };
-        let site = Site { cgroup: &holdings.cgroup, place: holdings.root.as_fd(), donors: donors.fds() };
+        let site = Site {
+            cgroup: &holdings.cgroup,
+            place: holdings.root.as_fd(),
+            donors: donors.fds(),
+            network: network.as_ref().map(|network| network.as_fd()),
+        };
+        let own_network = matches!(new_network, Network::Endpoints(_));
+        let ports = own_network.then(|| holdings.ports.ports.clone());
         match self.launch(id, id, &task, site, &mut phases).await {
             Ok((process, started)) => {
                 let pidfd = process.pidfd.clone();
                 let cgroup = holdings.cgroup.clone();
-                let container =
-                    Container { id: id.clone(), cgroup: cgroup.clone(), seccomp, shm: shared, pidfd };
+                let container = Container {
+                    id: id.clone(),
+                    cgroup: cgroup.clone(),
+                    seccomp,
+                    shm: shared,
+                    network,
+                    ports,
+                    pidfd,
+                };
                 self.containers.runs(Arc::new(container));
                 self.supervise(process.clone(), cgroup, Some(holdings));
                 Ok((process, started))
@@ -171,8 +191,26 @@ impl Agent {
         let volumes = self.volumes.prepare(&root, &spec.volumes)?;
         let (shm, shared, owned_shm) = self.shared_memory(id, spec, &donors)?;
         let cgroup = Arc::new(self.cgroups.create(id, &spec.cgroup_parent, &spec.resources, &devices)?);
-        let holdings = Holdings { cgroup, root, layers, shm: owned_shm };
-        Ok(Prepared { holdings, files, volumes, seccomp, shm, shared, devices_ruled, donors })
+        let mut ports = Interfaces::new(&self.networks);
+        let network = self.network(&spec.network, &mut ports)?;
+        let holdings = Holdings { cgroup, root, layers, shm: owned_shm, ports };
+        Ok(Prepared { holdings, files, volumes, seccomp, shm, shared, devices_ruled, donors, network })
+    }
+
+    /// A container's network namespace, and in it what the container is connected to.
+    fn network(&self, network: &Network, interfaces: &mut Interfaces) -> Result<Option<Arc<Namespace>>> {
+        match network {
+            Network::Host => Ok(None),
+            Network::Container(donor) => Ok(self.running(donor)?.network.clone()),
+            Network::Endpoints(endpoints) => {
+                let namespace = Namespace::new().at("make a network namespace")?;
+                if let Some(ports) = interfaces.ports.lock().unwrap_or_else(PoisonError::into_inner).as_mut()
+                {
+                    self.networks.connect(&namespace, endpoints, ports)?;
+                }
+                Ok(Some(Arc::new(namespace)))
+            }
+        }
     }
 
     /// What /dev/shm is, where others find it, and what of it the container holds.
@@ -229,7 +267,7 @@ impl Agent {
             die_with_agent: self.die_with_agent,
         };
         let place = container.pidfd.get_ref().as_fd();
-        let site = Site { cgroup: &container.cgroup, place, donors: [None, None] };
+        let site = Site { cgroup: &container.cgroup, place, donors: [None, None], network: None };
         let launched = self.launch(&id, &container.id, &task, site, &mut phases).await;
         let (process, started) = launched.map_err(|error| match self.containers.running(&container.id) {
             Some(_) => error,
@@ -259,9 +297,9 @@ impl Agent {
             let stdio = theirs
                 .as_ref()
                 .map(|[stdin, stdout, stderr]| [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
-            let Site { cgroup, place, donors: [pid_donor, ipc_donor] } = site;
+            let Site { cgroup, place, donors: [pid_donor, ipc_donor], network } = site;
             let (report, cgroup) = (child_report.as_fd(), cgroup.as_fd());
-            let fds = TaskFds { report, cgroup, place, pid_donor, ipc_donor, stdio };
+            let fds = TaskFds { report, cgroup, place, pid_donor, ipc_donor, network, stdio };
             let cloned = self.fork_server.spawn(OrderRef::Process(task), fds).await?;
             self.reaper.is_awaited(cloned.pid);
             cloned

@@ -1,4 +1,4 @@
-//! Sets a new container up from inside its namespaces: names, loopback, the root file system with what Docker mounts in
+//! Sets a new container up from inside its namespaces: names, the root file system with what Docker mounts in
 //! it, hidden and read-only paths; then makes it the root and drops the agent's mounts.
 
 use std::io;
@@ -8,10 +8,10 @@ use std::path::Path;
 use coracle_agent_api::{ApiError, ContainerSpec, ErrorKind, TmpfsMount, VolumeMount};
 use rustix::fs::{FileType, Mode};
 use rustix::mount::{MountAttrFlags, UnmountFlags};
-use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
+use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags};
 
 use super::root_dir::{self, Kind, RootDir};
-use super::{Root, devices, tmpfs::TmpfsOptions};
+use super::{Joined, Root, devices, tmpfs::TmpfsOptions};
 use crate::error::{AtStep, Result, invalid};
 use crate::fork_server::NewContainer;
 use crate::{mounts, sys};
@@ -22,24 +22,23 @@ const NOEXEC: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOEXEC;
 const RDONLY: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY;
 
 /// Prepares everything; the calling process still sees the agent's file system afterwards.
-pub(super) fn set_up(
-    new: &NewContainer,
-    root: OwnedFd,
-    ipc_donor: Option<OwnedFd>,
-    tty: bool,
-) -> Result<Root> {
+pub(super) fn set_up(new: &NewContainer, root: OwnedFd, joined: Joined, tty: bool) -> Result<Root> {
     let spec = &new.spec;
     rustix::process::umask(Mode::empty());
     if !spec.host_cgroups {
         // Now, because the root of a cgroup namespace is the cgroup its maker is in.
         sys::unshare(UnshareFlags::NEWCGROUP).at("make a cgroup namespace")?;
     }
-    if let Some(donor) = ipc_donor {
+    if let Some(donor) = joined.ipc_donor {
         let ipc = ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION;
         rustix::thread::move_into_thread_name_spaces(donor.as_fd(), ipc)
             .at_kind(ErrorKind::Conflict, "join the other container's IPC namespace")?;
     }
-    names_and_network(spec)?;
+    if let Some(network) = joined.network {
+        rustix::thread::move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))
+            .at("join the network namespace")?;
+    }
+    names_and_parameters(spec)?;
 
     let mount_point = root_dir::open_directory(&new.mount_point).at("open the mount point")?;
     mounts::attach(&root, &mount_point).at("attach the root file system")?;
@@ -89,17 +88,12 @@ pub(super) fn enter(root: &RootDir) -> Result<()> {
     Ok(())
 }
 
-fn names_and_network(spec: &ContainerSpec) -> Result<()> {
+fn names_and_parameters(spec: &ContainerSpec) -> Result<()> {
     if !spec.host_uts {
         rustix::system::sethostname(spec.hostname.as_bytes()).at("set the host name")?;
         if !spec.domainname.is_empty() {
             rustix::system::setdomainname(spec.domainname.as_bytes()).at("set the domain name")?;
         }
-    }
-    sys::loopback_up().at("bring the loopback interface up")?;
-    // As Docker: ping without a raw socket, and low ports for every user.
-    for (name, value) in [("ping_group_range", "0 2147483647"), ("ip_unprivileged_port_start", "0")] {
-        std::fs::write(format!("/proc/sys/net/ipv4/{name}"), value).at(format!("set net.ipv4.{name}"))?;
     }
     for (name, value) in &spec.sysctls {
         let path = sysctl_path(name).ok_or_else(|| invalid(format!("`{name}` is no name of a parameter")))?;

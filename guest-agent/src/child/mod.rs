@@ -23,7 +23,7 @@ use coracle_agent_api::{ApiError, ErrorKind};
 use rustix::thread::ThreadNameSpaceType;
 
 use crate::error::{AtStep, Result};
-use crate::fork_server::{Order, Place, Report};
+use crate::fork_server::{IPC_DONOR, NETWORK, Order, PID_DONOR, Place, Report, STDIO};
 use crate::{packet, sys};
 
 pub(crate) use capabilities::parse as parse_capabilities;
@@ -46,33 +46,29 @@ pub(crate) struct ChildFds {
     /// The container whose processes a new one shall see.
     pub pid_donor: Option<OwnedFd>,
     ipc_donor: Option<OwnedFd>,
+    network: Option<OwnedFd>,
 }
 
 impl ChildFds {
-    /// Takes the descriptors of a packet apart.
-    pub(crate) fn from_packet(
-        fds: Vec<OwnedFd>,
-        with_stdio: bool,
-        with_pid_donor: bool,
-        with_ipc_donor: bool,
-    ) -> Option<Self> {
+    /// Takes the descriptors of a packet apart; `has` tells which there are, by the flags of the request.
+    pub(crate) fn from_packet(fds: Vec<OwnedFd>, has: impl Fn(u16) -> bool) -> Option<Self> {
         let mut fds = fds.into_iter();
         let (order, report, cgroup, place) = (fds.next()?, fds.next()?, fds.next()?, fds.next()?);
-        let stdio = match with_stdio {
+        let stdio = match has(STDIO) {
             true => Some([fds.next()?, fds.next()?, fds.next()?]),
             false => None,
         };
-        let pid_donor = if with_pid_donor { Some(fds.next()?) } else { None };
-        let ipc_donor = if with_ipc_donor { Some(fds.next()?) } else { None };
-        Some(Self { order, report, cgroup, place, stdio, pid_donor, ipc_donor })
+        let mut next = |flag| if has(flag) { fds.next().map(Some) } else { Some(None) };
+        let (pid_donor, ipc_donor, network) = (next(PID_DONOR)?, next(IPC_DONOR)?, next(NETWORK)?);
+        Some(Self { order, report, cgroup, place, stdio, pid_donor, ipc_donor, network })
     }
 }
 
 /// Carries the order out; never returns.
 pub(crate) fn run(fds: ChildFds) -> ! {
-    let ChildFds { order, report, cgroup, place, stdio, pid_donor, ipc_donor } = fds;
+    let ChildFds { order, report, cgroup, place, stdio, pid_donor, ipc_donor, network } = fds;
     drop((cgroup, pid_donor));
-    let work = || execute(order, &report, place, stdio, ipc_donor);
+    let work = || execute(order, &report, place, stdio, Joined { ipc_donor, network });
     let error = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
         Ok(Err(error)) => error,
         Ok(Ok(never)) => match never {},
@@ -84,12 +80,20 @@ pub(crate) fn run(fds: ChildFds) -> ! {
 
 enum Never {}
 
+/// What a new container has that is not its own.
+struct Joined {
+    /// The container whose memory it shares.
+    ipc_donor: Option<OwnedFd>,
+    /// Its network namespace.
+    network: Option<OwnedFd>,
+}
+
 fn execute(
     order: OwnedFd,
     report: &OwnedFd,
     place: OwnedFd,
     stdio: Option<[OwnedFd; 3]>,
-    ipc_donor: Option<OwnedFd>,
+    joined: Joined,
 ) -> Result<Never> {
     let mut timeline = Timeline::default();
     let task = match read_order(order)? {
@@ -109,7 +113,7 @@ fn execute(
         Place::New(new) => {
             first_process = true;
             with_init = new.spec.init;
-            container::set_up(new, place, ipc_donor, process.tty)?
+            container::set_up(new, place, joined, process.tty)?
         }
         Place::Joined => join(place)?,
     };

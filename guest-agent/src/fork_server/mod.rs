@@ -103,21 +103,28 @@ pub(crate) struct TaskFds<'a> {
     pub pid_donor: Option<BorrowedFd<'a>>,
     /// The first process of the container whose memory a new one shall share.
     pub ipc_donor: Option<BorrowedFd<'a>>,
+    /// The network namespace of a new container; without it, it has the agent's.
+    pub network: Option<BorrowedFd<'a>>,
     /// Standard input, output and error; without them the process gets a terminal.
     pub stdio: Option<[BorrowedFd<'a>; 3]>,
 }
 
-/// Flags in a request's first byte.
-const JOIN: u8 = 1;
-const STDIO: u8 = 2;
+/// Flags of a request.
+const JOIN: u16 = 1;
+/// There are standard streams.
+pub(crate) const STDIO: u16 = 2;
 /// Namespaces that a new container does not get: it has the agent's, or a donor's.
-const NO_PID: u8 = 4;
-const NO_IPC: u8 = 8;
-const NO_UTS: u8 = 16;
-const PID_DONOR: u8 = 32;
-const IPC_DONOR: u8 = 64;
+const NO_PID: u16 = 4;
+const NO_IPC: u16 = 8;
+const NO_UTS: u16 = 16;
+/// There are such containers.
+pub(crate) const PID_DONOR: u16 = 32;
+/// See [`PID_DONOR`].
+pub(crate) const IPC_DONOR: u16 = 64;
 /// No new namespaces at all.
-const NO_NAMESPACES: u8 = 128;
+const NO_NAMESPACES: u16 = 128;
+/// There is a network namespace to join.
+pub(crate) const NETWORK: u16 = 256;
 
 /// What a new process reports about itself; the end of the stream without an error means that the program runs.
 #[derive(Debug, Serialize, Deserialize)]
@@ -184,14 +191,15 @@ impl ForkServer {
             flags |= STDIO;
             all.extend(stdio);
         }
-        for (donor, flag) in [(fds.pid_donor, PID_DONOR), (fds.ipc_donor, IPC_DONOR)] {
+        for (donor, flag) in [(fds.pid_donor, PID_DONOR), (fds.ipc_donor, IPC_DONOR), (fds.network, NETWORK)]
+        {
             if let Some(donor) = donor {
                 flags |= flag;
                 all.push(donor);
             }
         }
         let socket = self.socket.lock().await;
-        let sent = |_: &OwnedFd| packet::send(socket.get_ref(), &[flags], &all);
+        let sent = |_: &OwnedFd| packet::send(socket.get_ref(), &flags.to_le_bytes(), &all);
         socket
             .async_io(tokio::io::Interest::WRITABLE, sent)
             .await
@@ -211,7 +219,7 @@ impl ForkServer {
     }
 }
 
-fn shared_namespaces(spec: &ContainerSpec) -> u8 {
+fn shared_namespaces(spec: &ContainerSpec) -> u16 {
     let mut flags = 0;
     if !matches!(spec.pid, PidMode::Private) {
         flags |= NO_PID;

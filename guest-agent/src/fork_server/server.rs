@@ -5,14 +5,14 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType};
 
-use super::{IPC_DONOR, JOIN, NO_IPC, NO_NAMESPACES, NO_PID, NO_UTS, PID_DONOR, STDIO};
+use super::{JOIN, NO_IPC, NO_NAMESPACES, NO_PID, NO_UTS};
 use crate::child::{self, ChildFds};
 use crate::sys::Cloned;
 use crate::{packet, sys};
 
+/// A container's network namespace is made by the agent.
 const NEW_NAMESPACES: u64 =
-    (libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWNET)
-        as u64;
+    (libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC) as u64;
 
 /// Serves until the agent closes its end.
 pub(super) fn run(socket: OwnedFd) -> ! {
@@ -39,13 +39,12 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
     let own_pid_namespace = std::fs::File::open("/proc/self/ns/pid")?;
     loop {
         let (bytes, fds) = packet::receive(socket)?;
-        let [flags] = bytes.as_slice() else { return Ok(()) };
-        let Some(fds) =
-            ChildFds::from_packet(fds, flags & STDIO != 0, flags & PID_DONOR != 0, flags & IPC_DONOR != 0)
-        else {
+        let Ok(flags) = <[u8; 2]>::try_from(bytes.as_slice()) else { return Ok(()) };
+        let flags = u16::from_le_bytes(flags);
+        let Some(fds) = ChildFds::from_packet(fds, |flag| flags & flag != 0) else {
             return Err(io::ErrorKind::InvalidData.into());
         };
-        match clone(&fds, *flags, &own_pid_namespace) {
+        match clone(&fds, flags, &own_pid_namespace) {
             Ok(None) => child::run(fds),
             Ok(Some(Cloned { pid, pidfd })) => packet::send(socket, &pid.to_le_bytes(), &[pidfd.as_fd()])?,
             Err(error) => {
@@ -56,7 +55,7 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
     }
 }
 
-fn clone(fds: &ChildFds, flags: u8, own_pid_namespace: &std::fs::File) -> io::Result<Option<Cloned>> {
+fn clone(fds: &ChildFds, flags: u16, own_pid_namespace: &std::fs::File) -> io::Result<Option<Cloned>> {
     let join = flags & JOIN != 0;
     let not_made = [(NO_PID, libc::CLONE_NEWPID), (NO_IPC, libc::CLONE_NEWIPC), (NO_UTS, libc::CLONE_NEWUTS)];
     let mut namespaces = if join || flags & NO_NAMESPACES != 0 { 0 } else { NEW_NAMESPACES };

@@ -68,6 +68,20 @@ async fn route(
             let id = parse(id)?;
             work_on_files(agent, id, request).await
         }
+        (&Method::POST, ["containers", id, "endpoints"]) => {
+            let (id, endpoint) = (parse(id)?, body(request).await?);
+            detached(async move { agent.connect(&id, endpoint).await }).await?;
+            Ok(done())
+        }
+        (&Method::DELETE, ["containers", id, "endpoints", network]) => {
+            let (id, network) = (parse(id)?, parse(network)?);
+            detached(async move { agent.disconnect(&id, network).await }).await?;
+            Ok(done())
+        }
+        (&Method::DELETE, ["networks", id]) => {
+            agent.remove_network(parse(id)?).await?;
+            Ok(done())
+        }
         (&Method::DELETE, ["containers", id]) => {
             let id = parse(id)?;
             detached(async move { agent.remove_container(&id).await }).await?;

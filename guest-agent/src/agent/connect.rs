@@ -1,0 +1,63 @@
+//! Networks of running containers.
+
+use std::sync::{Arc, PoisonError};
+
+use coracle_agent_api::{Endpoint, NetworkId, ProcessId};
+
+use super::{Agent, blocking};
+use crate::check;
+use crate::containers::Container;
+use crate::error::{Result, conflict};
+use crate::network::Ports;
+use crate::network::namespace::Namespace;
+
+impl Agent {
+    /// Connects a running container to a further network.
+    pub(crate) async fn connect(self: &Arc<Self>, id: &ProcessId, endpoint: Endpoint) -> Result<()> {
+        check::endpoint(&endpoint)?;
+        let (container, networks) = (self.running(id)?, self.networks.clone());
+        blocking(move || {
+            with_ports(&container, |namespace, ports| {
+                let network = &endpoint.bridge.network;
+                if ports.is_on(network) {
+                    let short = container.id.short();
+                    return Err(conflict(format!(
+                        "container {short} is on network {} already",
+                        network.short()
+                    )));
+                }
+                let connected = networks.connect(namespace, std::slice::from_ref(&endpoint), ports);
+                if connected.is_err() {
+                    let _ = networks.disconnect(network, ports);
+                }
+                connected
+            })
+        })
+        .await
+    }
+
+    /// Takes a running container off a network.
+    pub(crate) async fn disconnect(self: &Arc<Self>, id: &ProcessId, network: NetworkId) -> Result<()> {
+        let (container, networks) = (self.running(id)?, self.networks.clone());
+        blocking(move || with_ports(&container, |_, ports| networks.disconnect(&network, ports))).await
+    }
+
+    /// Removes a network's bridge.
+    pub(crate) async fn remove_network(&self, network: NetworkId) -> Result<()> {
+        // Containers that have ended are on it a moment longer.
+        self.containers.wait_ended_gone().await;
+        let networks = self.networks.clone();
+        blocking(move || networks.remove(&network)).await
+    }
+}
+
+fn with_ports<T>(container: &Container, work: impl FnOnce(&Namespace, &mut Ports) -> Result<T>) -> Result<T> {
+    let short = container.id.short();
+    let (Some(namespace), Some(ports)) = (&container.network, &container.ports) else {
+        return Err(conflict(format!("container {short} has no networks of its own")));
+    };
+    match ports.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        Some(ports) => work(namespace, ports),
+        None => Err(conflict(format!("container {short} is not running"))),
+    }
+}

@@ -1,0 +1,255 @@
+//! The packet filter, spoken to without tools: tables, chains and rules as nf_tables takes them over netlink
+//! (include/uapi/linux/netfilter/nf_tables.h). A change is one transaction: the kernel takes all of it or nothing.
+
+use std::io;
+use std::net::IpAddr;
+
+use super::netlink::{APPEND, CREATE, Message, Socket};
+
+const SUBSYSTEM: u16 = (libc::NFNL_SUBSYS_NFTABLES as u16) << 8;
+const BEGIN: u16 = libc::NFNL_MSG_BATCH_BEGIN as u16;
+const END: u16 = libc::NFNL_MSG_BATCH_END as u16;
+const NEW_TABLE: u16 = SUBSYSTEM | libc::NFT_MSG_NEWTABLE as u16;
+const DELETE_TABLE: u16 = SUBSYSTEM | libc::NFT_MSG_DELTABLE as u16;
+const NEW_CHAIN: u16 = SUBSYSTEM | libc::NFT_MSG_NEWCHAIN as u16;
+const NEW_RULE: u16 = SUBSYSTEM | libc::NFT_MSG_NEWRULE as u16;
+
+const TABLE_NAME: u16 = 1;
+const CHAIN_TABLE: u16 = 1;
+const CHAIN_NAME: u16 = 3;
+const CHAIN_HOOK: u16 = 4;
+const CHAIN_TYPE: u16 = 7;
+const HOOK_NUMBER: u16 = 1;
+const HOOK_PRIORITY: u16 = 2;
+const RULE_TABLE: u16 = 1;
+const RULE_CHAIN: u16 = 2;
+const RULE_EXPRESSIONS: u16 = 4;
+const LIST_ELEMENT: u16 = 1;
+const EXPRESSION_NAME: u16 = 1;
+const EXPRESSION_DATA: u16 = 2;
+const DATA_VALUE: u16 = 1;
+const DATA_VERDICT: u16 = 2;
+const VERDICT_CODE: u16 = 1;
+/// Registers of 16 bytes.
+const REGISTER_1: u32 = 1;
+const REGISTER_2: u32 = 2;
+const VERDICT: u32 = 0;
+
+/// Which packets a table sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Family {
+    /// IPv4 and IPv6.
+    Inet = 1,
+    /// IPv4.
+    Ipv4 = 2,
+}
+
+/// Where packets come by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Hook {
+    /// All that come in.
+    Prerouting = 0,
+    /// Those that are passed on.
+    Forward = 2,
+    /// Those that processes send.
+    Output = 3,
+}
+
+/// What can be asked of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Meta {
+    /// Its mark; four bytes in the machine's order, as the groups are.
+    Mark = 3,
+    /// Its protocol above IP; one byte.
+    Protocol = 16,
+    /// The group of the interface that it came from.
+    InGroup = 21,
+    /// The group of the interface that it goes to.
+    OutGroup = 22,
+}
+
+/// Where in a packet bytes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Header {
+    /// Counted from IP's header.
+    Network = 1,
+    /// Counted from TCP's or UDP's.
+    Transport = 2,
+}
+
+/// What becomes of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub(crate) enum Verdict {
+    /// It goes no further.
+    Drop = 0,
+    /// This chain lets it pass.
+    Accept = 1,
+}
+
+/// A rule: what a packet must be like, step by step, and what is then done with it.
+#[derive(Debug, Clone)]
+pub(crate) struct Rule(Message);
+
+impl Rule {
+    /// One that every packet fits.
+    pub(crate) fn new() -> Self {
+        Self(Message::list())
+    }
+
+    /// What was asked of the packet is this.
+    pub(crate) fn meta_is(self, meta: Meta, value: &[u8]) -> Self {
+        self.load_meta(meta).compare(value)
+    }
+
+    /// The group of an interface, without the bits that are not in the mask.
+    pub(crate) fn group_is(self, meta: Meta, mask: u32, value: u32) -> Self {
+        self.load_meta(meta).mask(&mask.to_ne_bytes()).compare(&value.to_ne_bytes())
+    }
+
+    /// Bytes of the packet are these.
+    pub(crate) fn bytes_are(self, header: Header, offset: u32, value: &[u8]) -> Self {
+        let len = u32::try_from(value.len()).expect("a register is short");
+        self.expression("payload", |data| {
+            data.with(1, be(REGISTER_1)).with(2, be(header as u32)).with(3, be(offset)).with(4, be(len))
+        })
+        .compare(value)
+    }
+
+    /// There is a socket for it that may have others' addresses.
+    pub(crate) fn has_transparent_socket(self) -> Self {
+        self.expression("socket", |data| data.with(1, be(0)).with(2, be(REGISTER_1))).compare(&[1])
+    }
+
+    /// Marks the packet.
+    pub(crate) fn set_mark(self, mark: u32) -> Self {
+        let mark_key = Meta::Mark as u32;
+        self.immediate(REGISTER_1, &mark.to_ne_bytes())
+            .expression("meta", |data| data.with(2, be(mark_key)).with(3, be(REGISTER_1)))
+    }
+
+    /// Sends the packet's connection elsewhere.
+    pub(crate) fn destination(self, address: IpAddr, port: u16) -> Self {
+        let (family, octets) = match address {
+            IpAddr::V4(address) => (libc::NFPROTO_IPV4, address.octets().to_vec()),
+            IpAddr::V6(address) => (libc::NFPROTO_IPV6, address.octets().to_vec()),
+        };
+        const DESTINATION: u32 = 1;
+        self.immediate(REGISTER_1, &octets).immediate(REGISTER_2, &port.to_be_bytes()).expression(
+            "nat",
+            |data| {
+                data.with(1, be(DESTINATION))
+                    .with(2, be(u32::try_from(family).unwrap_or_default()))
+                    .with(3, be(REGISTER_1))
+                    .with(5, be(REGISTER_2))
+            },
+        )
+    }
+
+    /// The packet's fate.
+    pub(crate) fn verdict(self, verdict: Verdict) -> Self {
+        let code = (verdict as i32).to_be_bytes();
+        self.expression("immediate", |data| {
+            data.with(1, be(VERDICT))
+                .nest(2, |value| value.nest(DATA_VERDICT, |verdict| verdict.with(VERDICT_CODE, code)))
+        })
+    }
+
+    /// Any expression: its name, and what fills in its attributes.
+    pub(crate) fn expression(self, name: &str, fill: impl FnOnce(Message) -> Message) -> Self {
+        Self(self.0.nest(LIST_ELEMENT, |element| {
+            element.with_text(EXPRESSION_NAME, name).nest(EXPRESSION_DATA, fill)
+        }))
+    }
+
+    fn load_meta(self, meta: Meta) -> Self {
+        self.expression("meta", |data| data.with(1, be(REGISTER_1)).with(2, be(meta as u32)))
+    }
+
+    fn compare(self, value: &[u8]) -> Self {
+        const EQUAL: u32 = 0;
+        self.expression("cmp", |data| {
+            data.with(1, be(REGISTER_1)).with(2, be(EQUAL)).nest(3, |data| data.with(DATA_VALUE, value))
+        })
+    }
+
+    fn mask(self, mask: &[u8]) -> Self {
+        let len = u32::try_from(mask.len()).expect("a register is short");
+        let zero = vec![0; mask.len()];
+        self.expression("bitwise", |data| {
+            data.with(1, be(REGISTER_1))
+                .with(2, be(REGISTER_1))
+                .with(3, be(len))
+                .nest(4, |data| data.with(DATA_VALUE, mask))
+                .nest(5, |data| data.with(DATA_VALUE, zero))
+        })
+    }
+
+    fn immediate(self, register: u32, value: &[u8]) -> Self {
+        self.expression("immediate", |data| {
+            data.with(1, be(register)).nest(2, |data| data.with(DATA_VALUE, value))
+        })
+    }
+}
+
+fn be(number: u32) -> [u8; 4] {
+    number.to_be_bytes()
+}
+
+/// A change of the rules of one network namespace.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    family: Family,
+    table: &'static str,
+    messages: Vec<Message>,
+}
+
+impl Batch {
+    /// Begins with a table that is empty, whatever it was before.
+    pub(crate) fn new_table(family: Family, table: &'static str) -> Self {
+        let named = |kind, flags| Message::new(kind, flags, &header(family)).with_text(TABLE_NAME, table);
+        // Made first, because one that is not there cannot be deleted.
+        let messages = vec![named(NEW_TABLE, CREATE), named(DELETE_TABLE, 0), named(NEW_TABLE, CREATE)];
+        Self { family, table, messages }
+    }
+
+    /// Adds a chain that packets come by. `kind` is `filter`, `nat` or `route`; lower priorities come first.
+    pub(crate) fn chain(mut self, name: &str, kind: &str, hook: Hook, priority: i32) -> Self {
+        let message = Message::new(NEW_CHAIN, CREATE, &header(self.family))
+            .with_text(CHAIN_TABLE, self.table)
+            .with_text(CHAIN_NAME, name)
+            .nest(CHAIN_HOOK, |list| {
+                list.with(HOOK_NUMBER, be(hook as u32)).with(HOOK_PRIORITY, priority.to_be_bytes())
+            })
+            .with_text(CHAIN_TYPE, kind);
+        self.messages.push(message);
+        self
+    }
+
+    /// Adds a rule at the end of a chain.
+    pub(crate) fn rule(mut self, chain: &str, rule: Rule) -> Self {
+        let message = Message::new(NEW_RULE, CREATE | APPEND, &header(self.family))
+            .with_text(RULE_TABLE, self.table)
+            .with_text(RULE_CHAIN, chain)
+            .nest(RULE_EXPRESSIONS, |list| list.raw(rule.0.as_bytes()));
+        self.messages.push(message);
+        self
+    }
+
+    /// Carries it out in the namespace that the calling thread is in.
+    pub(crate) fn commit(self) -> io::Result<()> {
+        let mut socket = Socket::netfilter()?;
+        // For a batch, the subsystem stands where a family's own number would.
+        let edge = |kind| Message::new(kind, 0, &[0, 0, 0, libc::NFNL_SUBSYS_NFTABLES as u8]);
+        socket.transaction(edge(BEGIN), self.messages, edge(END))
+    }
+}
+
+/// `struct nfgenmsg`.
+fn header(family: Family) -> [u8; 4] {
+    [family as u8, 0, 0, 0]
+}
