@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use coracle_agent_api::{ErrorKind, IpcMode, Layer, PidMode, ProcessState};
+use coracle_agent_api::{ErrorKind, IpcMode, Layer, Network, PidMode, ProcessState};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -291,6 +291,7 @@ impl Actor {
         Ok(spec::Donors {
             ipc: isolation::ipc(host, |_| ipc.as_ref().map(id).map(IpcMode::Container))?,
             pid: isolation::pid(host, |_| pid.as_ref().map(id).map(PidMode::Container))?,
+            network: Network::default(),
         })
     }
 

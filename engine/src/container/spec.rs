@@ -1,7 +1,8 @@
 //! From a container's record to what the agent is told to start.
 
 use coracle_agent_api::{
-    ContainerSpec, InjectedFile, IpcMode, Layer, PidMode, ProcessSpec, Seccomp, TerminalSize, VolumeMount,
+    ContainerSpec, InjectedFile, IpcMode, Layer, Network, PidMode, ProcessSpec, Seccomp, TerminalSize,
+    VolumeMount,
 };
 
 use super::{
@@ -37,6 +38,7 @@ const READONLY_PATHS: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/s
 pub(crate) struct Donors {
     pub(crate) ipc: IpcMode,
     pub(crate) pid: PidMode,
+    pub(crate) network: Network,
 }
 
 /// Builds the specification.
@@ -81,6 +83,7 @@ pub(crate) fn build(
         sysctls: host.sysctls.clone(),
         ipc: donors.ipc,
         pid: donors.pid,
+        network: donors.network,
         host_uts: host.uts_mode == "host",
         host_cgroups: host.cgroupns_mode == "host",
         cgroup_parent: host.cgroup_parent.clone(),
