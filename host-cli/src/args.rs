@@ -117,6 +117,9 @@ pub(crate) enum Command {
     /// The virtual machine monitor itself
     #[command(hide = true)]
     Vmm,
+    /// The file server itself
+    #[command(hide = true)]
+    Fsd,
     /// Put the guest into the executable
     #[command(hide = true)]
     Bundle(BundleArgs),

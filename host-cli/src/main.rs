@@ -1,4 +1,4 @@
-//! The coracle binary: CLI, daemon, doctor; and the virtual machine monitor under its own name.
+//! The coracle binary: CLI, daemon, doctor; and the virtual machine monitor and the file server under their own names.
 //!
 //! Which of them it is, is decided here, by the name under which it was called and by its first argument.
 
@@ -42,6 +42,9 @@ fn main() -> ExitCode {
     if Path::new(&name).file_name() == Some(OsStr::new(vm::process::VMM_NAME)) {
         return finish(vm::process::run().map(|()| 0).map_err(Failure::from));
     }
+    if Path::new(&name).file_name() == Some(OsStr::new(vm::process::FILE_SERVER_NAME)) {
+        return finish(vm::process::run_file_server().map(|()| 0).map_err(Failure::from));
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return refuse(&error),
@@ -75,6 +78,7 @@ fn finish(outcome: Outcome) -> ExitCode {
 fn dispatch(command: Command, started: u64) -> Outcome {
     match command {
         Command::Vmm => return vm::process::run().map(|()| 0).map_err(Failure::from),
+        Command::Fsd => return vm::process::run_file_server().map(|()| 0).map_err(Failure::from),
         Command::Bundle(args) => return commands::bundle::run(&args),
         _ => {}
     }

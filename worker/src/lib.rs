@@ -1,4 +1,5 @@
 //! What the daemon's confined helper processes (the virtual machine monitor, the file server) have in common: the framing of their control
-//! sockets. Nothing here knows what the processes do.
+//! sockets, and the pieces of their jails. Nothing here knows what the processes do.
 
+pub mod jail;
 pub mod socket;

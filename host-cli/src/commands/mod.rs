@@ -65,7 +65,7 @@ pub(crate) async fn run(command: Command, home: Home, started: u64) -> Outcome {
         Command::Rename(args) => lifecycle::rename(&home, &args).await,
         Command::Inspect(args) => inspect::run(&home, &args).await,
         Command::Volume(args) => volumes::run(&home, &args.command).await,
-        Command::Doctor | Command::Daemon(_) | Command::Vmm | Command::Bundle(_) => {
+        Command::Doctor | Command::Daemon(_) | Command::Vmm | Command::Fsd | Command::Bundle(_) => {
             unreachable!("the caller has carried these out")
         }
     }

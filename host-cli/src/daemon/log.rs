@@ -24,6 +24,15 @@ pub(crate) fn open(home: &Home) -> io::Result<File> {
 
 /// Begins to log to standard error. `CORACLE_LOG` chooses what is logged, for example `debug`.
 pub(crate) fn start(detached: bool) {
-    let filter = EnvFilter::try_from_env("CORACLE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    start_filtered(detached, "info");
+}
+
+/// The same without what a guest could fill the log with: the protocol's library reports every request that fails.
+pub(crate) fn start_for_file_server() {
+    start_filtered(true, "info,fuse_backend_rs=off");
+}
+
+fn start_filtered(detached: bool, filter: &str) {
+    let filter = EnvFilter::try_from_env("CORACLE_LOG").unwrap_or_else(|_| EnvFilter::new(filter));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(!detached).init();
 }

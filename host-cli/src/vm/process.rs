@@ -1,7 +1,8 @@
-//! The VMM's process: this same program under another name, in a session of its own, with its control socket and nothing
-//! else of the daemon's.
+//! The processes that serve a virtual machine, its VMM and its file server: this same program under other names, in sessions of their own,
+//! each with its control socket and nothing else of the daemon's.
 
 use std::{
+    ffi::CStr,
     fs::File,
     os::fd::{AsFd, OwnedFd},
     process::{ExitStatus, Stdio},
@@ -15,7 +16,10 @@ use crate::files;
 /// The name by which the program knows that it is the VMM.
 pub(crate) const VMM_NAME: &str = "coracle-vmm";
 
-/// A VMM that this daemon started. It outlives the daemon, and this handle.
+/// The name by which the program knows that it is the file server.
+pub(crate) const FILE_SERVER_NAME: &str = "coracle-fsd";
+
+/// A VMM or file server that this daemon started. It outlives the daemon, and this handle.
 #[derive(Debug)]
 pub(crate) struct VmmProcess {
     /// Its process id.
@@ -27,15 +31,20 @@ pub(crate) struct VmmProcess {
 
 /// Starts a VMM whose clients come through `control`.
 pub(crate) fn spawn(control: OwnedFd, log: File) -> Result<VmmProcess> {
+    spawn_as(VMM_NAME, control, log)
+}
+
+/// Starts a VMM or file server, by its name, whose clients come through `control`.
+pub(crate) fn spawn_as(name: &'static str, control: OwnedFd, log: File) -> Result<VmmProcess> {
     let mut child = Command::new("/proc/self/exe")
-        .arg0(VMM_NAME)
+        .arg0(name)
         .stdin(Stdio::from(control))
         .stdout(Stdio::null())
         .stderr(log)
         .current_dir("/")
         .spawn()
-        .context("cannot start the virtual machine monitor")?;
-    let pid = child.id().context("the virtual machine monitor ended at once")?;
+        .with_context(|| format!("cannot start {name}"))?;
+    let pid = child.id().with_context(|| format!("{name} ended at once"))?;
     let (report, ended) = watch::channel(None);
     let (kill, mut kill_asked) = tokio::sync::mpsc::channel(1);
     tokio::spawn(async move {
@@ -47,7 +56,7 @@ pub(crate) fn spawn(control: OwnedFd, log: File) -> Result<VmmProcess> {
                 }
             }
         };
-        tracing::info!(pid, ?status, "the VMM has ended");
+        tracing::info!(pid, ?status, "{name} has ended");
         report.send_replace(Some(status.unwrap_or_default()));
     });
     Ok(VmmProcess { pid, ended, kill })
@@ -68,8 +77,23 @@ impl VmmProcess {
 /// The VMM's role in this program: takes the control socket from standard input, leaves the daemon's session, and serves.
 pub(crate) fn run() -> Result<()> {
     crate::daemon::log::start(true);
+    let control = begin(c"coracle-vmm")?;
+    let reason = coracle_vmm::run(control).context("the virtual machine monitor failed")?;
+    tracing::info!(%reason, "the machine has ended");
+    Ok(())
+}
+
+/// The file server's role in this program.
+pub(crate) fn run_file_server() -> Result<()> {
+    crate::daemon::log::start_for_file_server();
+    let control = begin(c"coracle-fsd")?;
+    coracle_file_server::run(control).context("the file server failed")
+}
+
+/// Takes the control socket from standard input and leaves the daemon's session.
+fn begin(name: &CStr) -> Result<OwnedFd> {
     // For people who look at the list of processes; nothing depends on it.
-    let _ = rustix::thread::set_name(c"coracle-vmm");
+    let _ = rustix::thread::set_name(name);
     // It fails only where the process leads a session already.
     let _ = rustix::process::setsid();
     let stdin = std::io::stdin();
@@ -77,11 +101,9 @@ pub(crate) fn run() -> Result<()> {
         stdin.as_fd().try_clone_to_owned().context("there is no control socket on standard input")?;
     let null = File::open("/dev/null").context("cannot open /dev/null")?;
     rustix::stdio::dup2_stdin(&null).context("cannot let go of standard input")?;
-    // The VMM closes every descriptor that it does not know: none may be left that something here owns.
+    // These processes close every descriptor that they do not know: none may be left that something here owns.
     drop(null);
-    let reason = coracle_vmm::run(control).context("the virtual machine monitor failed")?;
-    tracing::info!(%reason, "the machine has ended");
-    Ok(())
+    Ok(control)
 }
 
 /// The last words of a VMM, for an error message.
