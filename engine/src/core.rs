@@ -30,6 +30,7 @@ use crate::{
     events::Events,
     exec::Execs,
     io::{Fanout, Pump},
+    networks::Networks,
     registries::RegistrySource,
     sandbox::{SandboxFactory, SandboxId},
     sandboxes::{Host, LayerFile, Sandboxes},
@@ -61,6 +62,7 @@ pub(crate) struct Core {
     pub(crate) events: Events,
     pub(crate) containers: Registry,
     pub(crate) volumes: Volumes,
+    pub(crate) networks: Networks,
     pub(crate) execs: Execs,
     pub(crate) timings: Timings,
     /// Held for reading while a container is made of an image, for writing while an image is removed.
@@ -85,6 +87,7 @@ impl Core {
         let home = config.home.clone();
         let opened = tokio::task::spawn_blocking(move || open_home(&home)).await??;
         let (store, facts) = opened;
+        let networks = Networks::load(facts.networks, &store).await?;
         let core = Arc::new(Self {
             config,
             registries: Registries::new(Arc::clone(&images)),
@@ -94,6 +97,7 @@ impl Core {
             events: Events::new(),
             containers: Registry::default(),
             volumes: Volumes::load(facts.volumes),
+            networks,
             execs: Execs::default(),
             timings: Timings::default(),
             image_gate: RwLock::default(),
@@ -214,6 +218,9 @@ impl Core {
             }
             std::fs::create_dir_all(self.container_folder(&record.id))
                 .map_err(|error| Error::internal(format!("cannot make a container's folder: {error}")))?;
+            if record.state.status.is_running() {
+                self.rejoin_networks(&record);
+            }
             self.containers.insert(&actor::spawn(self, record)?);
         }
         remove_orphans(&self.config.home.join("containers"), &known);

@@ -11,7 +11,7 @@ use std::{
 use serde::Serialize;
 use tokio::sync::broadcast;
 
-use crate::{http::filters::Filters, time::UnixNanos};
+use crate::{container::record::ContainerId, http::filters::Filters, networks::Network, time::UnixNanos};
 
 /// How many past events can be asked for.
 const KEPT: usize = 256;
@@ -129,6 +129,19 @@ impl Events {
         let attributes = [("driver", "local")].iter().chain(further);
         let attributes = attributes.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let event = self.event("volume", action, name, attributes);
+        self.tell(event);
+    }
+
+    /// Tells a network's event; `container` is the one that it is about.
+    pub(crate) fn network(&self, action: &str, network: &Network, container: Option<&ContainerId>) {
+        let mut attributes = BTreeMap::from([
+            ("name".to_owned(), network.name.clone()),
+            ("type".to_owned(), network.driver.name().to_owned()),
+        ]);
+        if let Some(container) = container {
+            attributes.insert("container".to_owned(), container.to_string());
+        }
+        let event = self.event("network", action, network.id.as_str(), attributes);
         self.tell(event);
     }
 

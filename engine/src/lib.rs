@@ -17,6 +17,7 @@ mod exec;
 mod http;
 mod io;
 mod logs;
+mod networks;
 mod registries;
 pub mod sandbox;
 mod sandboxes;

@@ -12,8 +12,9 @@ use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use coracle_agent_api::{
-    self as api, AgentState, ContainerSpec, DiffId, ExecSpec, OUTPUT_PROTOCOL, ProcessId, Processes,
-    Resources, Retain, STDIN_PROTOCOL, Signal, Started, Stats, TerminalSize, VolumeId, VolumeUsage,
+    self as api, AgentState, ContainerSpec, DiffId, Endpoint, ExecSpec, NetworkId, OUTPUT_PROTOCOL,
+    ProcessId, Processes, Resources, Retain, STDIN_PROTOCOL, Signal, Started, Stats, TerminalSize, VolumeId,
+    VolumeUsage,
     files::{FILES_PROTOCOL, FilesRequest},
 };
 use http::{Method, Request, Response, StatusCode, header};
@@ -134,6 +135,21 @@ impl Agent {
 
     pub(crate) async fn remove_volume(&self, id: &VolumeId) -> Result<(), AgentError> {
         self.delete(&format!("/v1/volumes/{id}")).await
+    }
+
+    /// Connects a running container to a network.
+    pub(crate) async fn connect(&self, id: &ProcessId, endpoint: &Endpoint) -> Result<(), AgentError> {
+        self.post_only(&format!("/v1/containers/{id}/endpoints"), endpoint).await
+    }
+
+    /// Takes a running container off a network.
+    pub(crate) async fn disconnect(&self, id: &ProcessId, network: &NetworkId) -> Result<(), AgentError> {
+        self.delete(&format!("/v1/containers/{id}/endpoints/{network}")).await
+    }
+
+    /// Removes a network's bridge.
+    pub(crate) async fn remove_network(&self, network: &NetworkId) -> Result<(), AgentError> {
+        self.delete(&format!("/v1/networks/{network}")).await
     }
 
     pub(crate) async fn remove_layer(&self, diff_id: &DiffId) -> Result<(), AgentError> {

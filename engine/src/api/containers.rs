@@ -6,7 +6,7 @@ use coracle_agent_api::TerminalSize;
 use http::StatusCode;
 use serde_json::{Map, Value, json};
 
-use super::{list, refuse, to_its_end};
+use super::{list, networks, refuse, to_its_end};
 use crate::{
     container::{Container, Stop, files, health::Health, mounts, record::Record, signal, state::Status},
     core::Core,
@@ -21,7 +21,7 @@ pub(crate) async fn list(request: &Request) -> Result<Response> {
     let with_size = request.query.flag("size");
     let mut summaries = Vec::with_capacity(containers.len());
     for container in containers {
-        let mut summary = list::summary(&container);
+        let mut summary = list::summary(&request.core, &container);
         if with_size {
             list::add_sizes(&request.core, &container, &mut summary).await;
         }
@@ -180,16 +180,7 @@ fn describe(core: &Core, container: &Arc<Container>, execs: &[String]) -> Value 
         "GraphDriver": { "Name": "erofs", "Data": {} },
         "Mounts": mounts::describe(core, &record),
         "Config": config(&record),
-        "NetworkSettings": {
-            "Bridge": "",
-            "SandboxID": record.sandbox.as_str(),
-            "SandboxKey": "",
-            "Ports": {},
-            "Networks": {},
-            "IPAddress": "",
-            "Gateway": "",
-            "MacAddress": "",
-        },
+        "NetworkSettings": networks::settings(core, &record),
     })
 }
 
@@ -230,13 +221,7 @@ fn config(record: &Record) -> Value {
 /// What was asked for, and Docker's defaults for what cannot be asked for yet.
 fn host_config(record: &Record) -> Value {
     let mut value = json!({
-        "PortBindings": {},
-        "Dns": [],
-        "DnsOptions": [],
-        "DnsSearch": [],
-        "Links": null,
         "Cgroup": "",
-        "PublishAllPorts": false,
         "CpuRealtimePeriod": 0,
         "CpuRealtimeRuntime": 0,
         "DeviceRequests": null,
@@ -254,6 +239,7 @@ fn host_config(record: &Record) -> Value {
             "DeviceCgroupRules",
             "ExtraHosts",
             "GroupAdd",
+            "Links",
             "SecurityOpt",
             "VolumesFrom",
         ];

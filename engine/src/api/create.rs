@@ -25,14 +25,12 @@ use crate::{
 
 pub(crate) async fn create(mut request: Request) -> Result<Response> {
     let body = request.read_body().await?;
-    let CreateRequest { mut config, mut host_config, warnings: mut all_warnings } =
-        CreateRequest::parse(&body)?;
+    let CreateRequest { mut config, mut host_config, networks, warnings } = CreateRequest::parse(&body)?;
     let core = &request.core;
     // Until the container is known, its image must not go.
     let _image_stays = core.image_gate.read().await;
     let image = find_image(&request, &config).await?;
     let platform = check_platform(&request, &image)?;
-    all_warnings.extend(warnings(&config, &host_config));
     config.merge_image(&image.config.config)?;
     if !config.working_dir.is_empty() && !config.working_dir.starts_with('/') {
         return Err(Error::invalid(format!(
@@ -41,6 +39,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
         )));
     }
     name_donors(&request, &mut host_config);
+    let networks = core.wanted_networks(&mut config, &mut host_config, networks)?;
     // Until the container is known, its volumes must not go.
     let _volumes_stay = core.volumes.gate.read().await;
     let wanted = mounts::wanted(core, &config, &host_config)?;
@@ -50,7 +49,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
     fill_defaults(&mut config, &mut host_config, id.short());
     let name = core.containers.reserve(request.query.get("name"), &id)?;
     let trace = core.timings.begin(id.as_str(), &name, request.received);
-    let record = Record::new(
+    let mut record = Record::new(
         id,
         name.clone(),
         SandboxId::shared(),
@@ -59,6 +58,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
         config,
         host_config,
     );
+    record.networks = networks;
     let result = make(&request, record, wanted).await;
     let container = match result {
         Ok(container) => container,
@@ -71,7 +71,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
     container.set_trace(trace);
     let record = container.record();
     core.events.container("create", record.id.as_str(), &record.config.image, record.event_attributes());
-    Ok(body::json(StatusCode::CREATED, &json!({ "Id": record.id.as_str(), "Warnings": all_warnings })))
+    Ok(body::json(StatusCode::CREATED, &json!({ "Id": record.id.as_str(), "Warnings": warnings })))
 }
 
 /// Writes it down, then lets it be found.
@@ -166,17 +166,6 @@ fn normalized(architecture: &str) -> &str {
         "aarch64" => "arm64",
         other => other,
     }
-}
-
-fn warnings(config: &Config, host_config: &HostConfig) -> Vec<String> {
-    let mut warnings = Vec::new();
-    if host_config.network_mode != "none" && !config.network_disabled {
-        warnings.push(
-            "Coracle has no container networks yet: this container has a loopback interface only (use --network none to be rid of this warning)."
-                .to_owned(),
-        );
-    }
-    warnings
 }
 
 /// A container is remembered by its id, so that it can be renamed. As in Docker, one that is missing is missed at the start.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::networks;
 use crate::{
     container::{Container, files, health::HealthStatus, record::Record, state::Status},
     core::Core,
@@ -138,7 +139,11 @@ pub(super) fn matches(record: &Record, filters: &Filters) -> bool {
         && filters.any("volume", |wanted| {
             record.volumes.iter().any(|attached| attached.volume == wanted || attached.path == wanted)
         })
-        && filters.any("network", |wanted| wanted == network(record))
+        && filters.any("network", |wanted| {
+            record.networks.iter().any(|(name, attached)| {
+                name == wanted || !attached.network.is_empty() && attached.network.starts_with(wanted)
+            })
+        })
         && filters.any("expose", |wanted| exposes(record, wanted))
         // There is no swarm whose task a container could be, and no port is published yet.
         && filters.any("is-task", |wanted| matches!(wanted, "0" | "false" | "False" | "f" | "F" | "FALSE"))
@@ -165,15 +170,8 @@ fn name_fits(name: &str, wanted: &str) -> bool {
     }
 }
 
-fn network(record: &Record) -> &str {
-    match record.host_config.network_mode.as_str() {
-        "default" => "bridge",
-        other => other,
-    }
-}
-
 /// One entry of the list.
-pub(crate) fn summary(container: &Container) -> Value {
+pub(crate) fn summary(core: &Core, container: &Container) -> Value {
     let record = &container.record();
     let state = &record.state;
     json!({
@@ -188,7 +186,7 @@ pub(crate) fn summary(container: &Container) -> Value {
         "State": state.status.name(),
         "Status": status_line(record, container.health().map(|health| health.status)),
         "HostConfig": { "NetworkMode": record.host_config.network_mode },
-        "NetworkSettings": { "Networks": {} },
+        "NetworkSettings": { "Networks": networks::of_container(core, record) },
         "Mounts": [],
     })
 }

@@ -10,6 +10,7 @@ pub(crate) mod images;
 pub(crate) mod list;
 pub(crate) mod load;
 pub(crate) mod logs;
+pub(crate) mod networks;
 pub mod private;
 pub(crate) mod prune;
 pub(crate) mod pull;

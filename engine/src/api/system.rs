@@ -159,7 +159,7 @@ pub(crate) async fn disk_usage(request: &Request) -> Result<Response> {
     let summaries: Vec<_> = list.iter().map(|image| summary(image, users(&image.id), details)).collect();
     let mut containers = Vec::with_capacity(all.len());
     for container in &all {
-        let mut summary = super::list::summary(container);
+        let mut summary = super::list::summary(core, container);
         // No sandbox is started to be asked for sizes.
         if core.sandboxes.get(&container.record().sandbox).is_running() {
             super::list::add_sizes(core, container, &mut summary).await;

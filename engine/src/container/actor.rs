@@ -3,6 +3,7 @@
 //! A change is durable before anyone hears of it. What the agent says of a start or an exit is untrusted, and can at worst make
 //! this container's own record untrue.
 
+mod connect;
 mod end;
 mod probing;
 
@@ -33,6 +34,7 @@ use crate::{
     error::{Error, Kind, Result, chain},
     io::{self, Outcome, Pump},
     logs::LogError,
+    networks::endpoint::Wanted,
     sandboxes::{Host, LayerFile},
     time::UnixNanos,
 };
@@ -58,6 +60,17 @@ pub(crate) enum Message {
     /// Its limits change, or when it is started again.
     Update {
         update: Box<HostConfig>,
+        answer: oneshot::Sender<Result<()>>,
+    },
+    /// It comes to be on a further network.
+    Connect {
+        network: String,
+        wanted: Box<Wanted>,
+        answer: oneshot::Sender<Result<()>>,
+    },
+    /// It leaves a network.
+    Disconnect {
+        network: String,
         answer: oneshot::Sender<Result<()>>,
     },
     /// Everything that ran is taken over.
@@ -158,6 +171,12 @@ impl Actor {
             Message::StopAsked { by_user, answer } => drop(answer.send(self.stop_asked(by_user).await)),
             Message::Tell { action } => self.tell(action, BTreeMap::new()),
             Message::Update { update, answer } => drop(answer.send(self.update(*update).await)),
+            Message::Connect { network, wanted, answer } => {
+                drop(answer.send(self.connect(&network, *wanted).await));
+            }
+            Message::Disconnect { network, answer } => {
+                drop(answer.send(self.disconnect(&network).await));
+            }
             Message::DaemonStarted => self.daemon_started().await,
             Message::Signal { signal, answer } => drop(answer.send(self.signal(signal).await)),
             Message::Pause { answer } => drop(answer.send(self.pause().await)),
@@ -224,7 +243,10 @@ impl Actor {
         let layers = self.attach_layers(&host).await?;
         self.mark("layers-attached");
         let volumes = self.core.volume_mounts(&self.record)?;
-        let spec = spec::build(&self.record, layers, self.donors()?, volumes)?;
+        let network = self.join_networks().await?;
+        self.mark("networks-joined");
+        let donors = spec::Donors { network, ..self.donors()? };
+        let spec = spec::build(&self.record, layers, donors, volumes)?;
         let id = self.record.id.clone();
         let started = match host.agent().start(&id, &spec).await {
             // Left from a start that an earlier daemon did not live to hear of.
@@ -244,6 +266,7 @@ impl Actor {
             log.begin(None).map_err(Error::from)?;
         }
         self.core.tell_of_volumes("mount", &self.record);
+        self.core.tell_of_networks(&self.record);
         // Its first output need not wait for the disk: a daemon that ends now finds the process and its log again.
         self.attend(&host, 0);
         if let Err(error) = self.apply(change, BTreeMap::new()).await {
@@ -341,6 +364,7 @@ impl Actor {
     async fn start_failed(&mut self, failure: StartFailure) -> Error {
         let StartFailure { exit_code, error } = failure;
         tracing::info!(exit_code, %error, "a container did not start");
+        self.core.leave_networks(&self.record);
         let change = Change::StartFailed { exit_code, error: error.to_string() };
         if let Err(error) = self.apply(change, BTreeMap::new()).await {
             tracing::error!(%error, "cannot write down that a container did not start");
@@ -488,6 +512,7 @@ impl Actor {
     /// Goes on with a process that an earlier daemon started.
     async fn resume(&mut self, process: ProcessState) {
         let host = self.host();
+        self.core.rejoin_networks(&self.record);
         let at = UnixNanos::from_u64(process.started_unix_nanos);
         if !self.record.state.status.is_running() {
             let change = Change::Started { pid: process.pid.max(1), at };

@@ -40,6 +40,9 @@ pub(crate) struct Config {
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) entrypoint: Option<Vec<String>>,
     pub(crate) network_disabled: bool,
+    /// Of the first network, as older clients say it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(crate) mac_address: String,
     pub(crate) labels: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) stop_signal: Option<String>,
@@ -63,6 +66,12 @@ pub(crate) struct HostConfig {
     pub(crate) cap_add: Vec<String>,
     pub(crate) cap_drop: Vec<String>,
     pub(crate) extra_hosts: Vec<String>,
+    pub(crate) dns: Vec<String>,
+    pub(crate) dns_options: Vec<String>,
+    pub(crate) dns_search: Vec<String>,
+    pub(crate) links: Vec<String>,
+    pub(crate) port_bindings: BTreeMap<String, Vec<PortBinding>>,
+    pub(crate) publish_all_ports: bool,
     pub(crate) group_add: Vec<String>,
     pub(crate) oom_score_adj: i64,
     pub(crate) readonly_rootfs: bool,
@@ -134,6 +143,14 @@ pub(crate) struct LogConfig {
 pub(crate) struct RestartPolicy {
     pub(crate) name: String,
     pub(crate) maximum_retry_count: i64,
+}
+
+/// Docker's `PortBinding`: where on the host a container's port is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct PortBinding {
+    pub(crate) host_ip: String,
+    pub(crate) host_port: String,
 }
 
 /// Docker's `Mount`: what `--mount` asks for; [`super::mounts`] reads it.

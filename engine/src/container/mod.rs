@@ -35,6 +35,7 @@ use crate::{
     error::{Error, Kind, Result},
     io::{Fanout, StdinPort},
     logs::{Log, LogError},
+    networks::endpoint::Wanted,
     timings::Trace,
 };
 use actor::Message;
@@ -273,6 +274,16 @@ impl Container {
     /// Changes its limits, and when it is started again; a policy without a name changes nothing.
     pub(crate) async fn update(&self, update: HostConfig) -> Result<()> {
         self.ask(|answer| Message::Update { update: Box::new(update), answer }).await
+    }
+
+    /// Puts it on a further network.
+    pub(crate) async fn connect(&self, network: String, wanted: Wanted) -> Result<()> {
+        self.ask(|answer| Message::Connect { network, wanted: Box::new(wanted), answer }).await
+    }
+
+    /// Takes it off a network.
+    pub(crate) async fn disconnect(&self, network: String) -> Result<()> {
+        self.ask(|answer| Message::Disconnect { network, answer }).await
     }
 
     /// Removes it; with `force`, kills it first.

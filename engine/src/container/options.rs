@@ -3,6 +3,8 @@
 //! The body is hostile: wrong types, out-of-range numbers and options that cannot be given are refused with a sentence;
 //! nothing of it is acted on before it is checked.
 
+use std::{collections::BTreeMap, net::IpAddr};
+
 use coracle_agent_api::{Rlimit, Seccomp, TmpfsMount};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -14,7 +16,10 @@ use super::{
     restart::Policy,
     seccomp, signal,
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    networks::endpoint::Wanted,
+};
 
 /// Docker's size of /dev/shm.
 pub(crate) const DEFAULT_SHM: i64 = 64 * 1024 * 1024;
@@ -24,6 +29,8 @@ pub(crate) const DEFAULT_SHM: i64 = 64 * 1024 * 1024;
 pub(crate) struct CreateRequest {
     pub(crate) config: Config,
     pub(crate) host_config: HostConfig,
+    /// Networks and what is wanted of them.
+    pub(crate) networks: BTreeMap<String, Wanted>,
     /// What people should know of it.
     pub(crate) warnings: Vec<String>,
 }
@@ -44,9 +51,9 @@ impl CreateRequest {
         if config.network_disabled {
             "none".clone_into(&mut host_config.network_mode);
         }
-        refused::check_networking(&networking, &host_config.network_mode)?;
+        let networks = networks(networking)?;
         let warnings = resources::check(&mut host_config, false)?;
-        let request = Self { config, host_config, warnings };
+        let request = Self { config, host_config, networks, warnings };
         request.check()?;
         Ok(request)
     }
@@ -70,7 +77,6 @@ impl CreateRequest {
         if let Some(check) = &config.healthcheck {
             check.check()?;
         }
-        check_network(&host_config.network_mode)?;
         check_restart_policy(host_config)?;
         log_options::check(&host_config.log_config)?;
         isolation::check(config, host_config)?;
@@ -80,7 +86,7 @@ impl CreateRequest {
         tmpfs(host_config)?;
         mounts::check(config, host_config)?;
         for host in &host_config.extra_hosts {
-            hosts_line(host)?;
+            split_host(host)?;
         }
         if host_config.shm_size < 0 {
             return Err(Error::invalid("SHM size can not be less than 0"));
@@ -153,11 +159,20 @@ fn check_host_name(name: &str) -> Result<()> {
     }
 }
 
-fn check_network(mode: &str) -> Result<()> {
-    match mode {
-        "default" | "bridge" | "none" => Ok(()),
-        other => Err(refused::missing(&format!("--network {other}"), "HostConfig.NetworkMode")),
+/// `NetworkingConfig.EndpointsConfig`.
+fn networks(mut networking: Map<String, Value>) -> Result<BTreeMap<String, Wanted>> {
+    let mut networks = BTreeMap::new();
+    for (network, endpoint) in take_object(&mut networking, "EndpointsConfig")? {
+        let members = match endpoint {
+            Value::Null => Map::new(),
+            Value::Object(members) => members,
+            _ => return Err(Error::invalid("invalid JSON: an endpoint is not an object")),
+        };
+        let wanted: Wanted = typed(members)?;
+        wanted.check()?;
+        networks.insert(network, wanted);
     }
+    Ok(networks)
 }
 
 fn check_restart_policy(host_config: &HostConfig) -> Result<()> {
@@ -275,8 +290,18 @@ pub(crate) fn tmpfs(host: &HostConfig) -> Result<Vec<TmpfsMount>> {
     Ok(tmpfs)
 }
 
-/// Converts `--add-host NAME:ADDRESS` to a line of /etc/hosts.
-pub(crate) fn hosts_line(text: &str) -> Result<String> {
+/// Converts `--add-host NAME:ADDRESS` to lines of /etc/hosts.
+pub(crate) fn hosts_line(text: &str, host_gateway: &[IpAddr]) -> Result<String> {
+    let (name, address) = split_host(text)?;
+    let addresses = match &address {
+        Some(address) => std::slice::from_ref(address),
+        None => host_gateway,
+    };
+    Ok(addresses.iter().map(|address| format!("{address}\t{name}\n")).collect())
+}
+
+/// A name and an address; none is the host's.
+fn split_host(text: &str) -> Result<(&str, Option<IpAddr>)> {
     let bad = |why: &str| {
         Error::invalid(format!(
             "bad format for add-host: {:?}: {why}",
@@ -284,13 +309,13 @@ pub(crate) fn hosts_line(text: &str) -> Result<String> {
         ))
     };
     let (name, address) = text.split_once([':', '=']).ok_or_else(|| bad("expected NAME:ADDRESS"))?;
+    let legal = !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic() && b != b'#');
     if address == "host-gateway" {
-        return Err(refused::missing("--add-host NAME:host-gateway", "HostConfig.ExtraHosts"));
+        return if legal { Ok((name, None)) } else { Err(bad("invalid name")) };
     }
     let bare = address.trim_start_matches('[').trim_end_matches(']');
-    let address: std::net::IpAddr = bare.parse().map_err(|_| bad("invalid IP address"))?;
-    let legal = !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic() && b != b'#');
-    if legal { Ok(format!("{address}\t{name}\n")) } else { Err(bad("invalid name")) }
+    let address: IpAddr = bare.parse().map_err(|_| bad("invalid IP address"))?;
+    if legal { Ok((name, Some(address))) } else { Err(bad("invalid name")) }
 }
 
 #[cfg(test)]
@@ -347,7 +372,7 @@ mod tests {
         ] {
             assert_eq!(host(bad).unwrap_err().status(), 400, "{bad}");
         }
-        for missing in [r#"{"NetworkMode":"host"}"#, r#"{"LogConfig":{"Type":"syslog"}}"#] {
+        for missing in [r#"{"StorageOpt":{"size":"1g"}}"#, r#"{"LogConfig":{"Type":"syslog"}}"#] {
             assert_eq!(host(missing).unwrap_err().status(), 501, "{missing}");
         }
     }

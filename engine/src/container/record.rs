@@ -11,7 +11,7 @@ use super::{
     signal,
     state::State,
 };
-use crate::{sandbox::SandboxId, time::UnixNanos};
+use crate::{networks::endpoint::Attached, sandbox::SandboxId, time::UnixNanos};
 
 /// A container is called by the id of its first process.
 pub(crate) type ContainerId = ProcessId;
@@ -37,6 +37,9 @@ pub(crate) struct Record {
     /// The volumes that are mounted.
     #[serde(default)]
     pub(crate) volumes: Vec<Attachment>,
+    /// The networks that it is on, by name.
+    #[serde(default)]
+    pub(crate) networks: BTreeMap<String, Attached>,
     pub(crate) state: State,
 }
 
@@ -92,6 +95,7 @@ impl Record {
             config,
             host_config,
             volumes,
+            networks: BTreeMap::new(),
             state,
         }
     }

@@ -16,12 +16,8 @@ const fn no(member: &'static str, option: &'static str) -> Refused {
     Refused { member, option }
 }
 
-const CONFIG: &[Refused] = &[
-    no("ArgsEscaped", "ArgsEscaped"),
-    no("MacAddress", "--mac-address"),
-    no("OnBuild", "ONBUILD"),
-    no("Shell", "SHELL"),
-];
+const CONFIG: &[Refused] =
+    &[no("ArgsEscaped", "ArgsEscaped"), no("OnBuild", "ONBUILD"), no("Shell", "SHELL")];
 
 const HOST_CONFIG: &[Refused] = &[
     no("Cgroup", "Cgroup"),
@@ -90,22 +86,6 @@ pub(crate) fn check_exec(members: &Map<String, Value>) -> Result<()> {
     check(members, EXEC, "")
 }
 
-/// Refuses endpoints of networks that say more than which network it is.
-pub(super) fn check_networking(networking: &Map<String, Value>, network_mode: &str) -> Result<()> {
-    let Some(endpoints) = networking.get("EndpointsConfig").and_then(Value::as_object) else { return Ok(()) };
-    for (network, endpoint) in endpoints {
-        if network != network_mode && !matches!(network.as_str(), "default" | "bridge" | "none") {
-            return Err(missing(&format!("--network {network}"), "NetworkingConfig.EndpointsConfig"));
-        }
-        if let Some((member, _)) =
-            endpoint.as_object().and_then(|all| all.iter().find(|(_, value)| !is_hollow(value)))
-        {
-            return Err(missing(member, &format!("NetworkingConfig.EndpointsConfig.{network}.{member}")));
-        }
-    }
-    Ok(())
-}
-
 /// The error for an option that is not there yet.
 pub(super) fn missing(option: &str, member: &str) -> Error {
     let shown: String = option.chars().take(120).collect();
@@ -133,14 +113,6 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-/// Whether a value is empty, or an object of nothing but such values.
-fn is_hollow(value: &Value) -> bool {
-    match value {
-        Value::Object(members) => members.values().all(is_hollow),
-        other => is_empty(other),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,16 +133,6 @@ mod tests {
             assert_eq!(error.status(), 501);
             assert!(error.to_string().starts_with(option), "{error}");
         }
-    }
-
-    #[test]
-    fn endpoints_may_name_the_network_and_no_more() {
-        let default =
-            r#"{"EndpointsConfig":{"default":{"IPAMConfig":{},"Links":null,"NetworkID":"","GwPriority":0}}}"#;
-        assert!(check_networking(&object(default), "default").is_ok());
-        let aliased = r#"{"EndpointsConfig":{"default":{"Aliases":["x"]}}}"#;
-        assert!(check_networking(&object(aliased), "default").is_err());
-        assert!(check_networking(&object(r#"{"EndpointsConfig":{"mine":{}}}"#), "default").is_err());
     }
 
     #[test]

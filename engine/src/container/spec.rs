@@ -12,7 +12,7 @@ use super::{
     record::Record,
     resources,
 };
-use crate::error::Result;
+use crate::{error::Result, networks};
 
 /// Docker's search path for programs.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -143,16 +143,8 @@ fn set(env: &mut Vec<String>, variable: &str) {
 
 /// The files that are mounted in a container.
 pub(super) fn files(record: &Record) -> Result<Vec<InjectedFile>> {
-    let Config { hostname, domainname, .. } = &record.config;
-    let mut hosts = String::from(
-        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff00::\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
-    );
-    let names =
-        if domainname.is_empty() { hostname.clone() } else { format!("{hostname}.{domainname} {hostname}") };
-    hosts.push_str(&format!("127.0.1.1\t{names}\n"));
-    for host in &record.host_config.extra_hosts {
-        hosts.push_str(&options::hosts_line(host)?);
-    }
+    let hostname = &record.config.hostname;
+    let hosts = networks::files::hosts(record, &[])?;
     let file = |path: &str, contents: String| InjectedFile { path: path.to_owned(), contents };
     Ok(vec![
         file("/etc/hostname", format!("{hostname}\n")),
@@ -215,6 +207,6 @@ mod tests {
         assert!(spec.masked_paths.is_empty() && spec.process.capabilities.is_empty());
         assert_eq!((spec.process.rlimits[0].soft, spec.process.rlimits[0].hard), (10, u64::MAX));
         assert_eq!(spec.process.oom_score_adj, Some(-5));
-        assert!(spec.files[1].contents.ends_with("10.0.0.1\tdb\n"));
+        assert!(spec.files[1].contents.contains("10.0.0.1\tdb\n"));
     }
 }

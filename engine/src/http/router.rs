@@ -3,8 +3,8 @@
 use super::{Request, Response};
 use crate::{
     api::{
-        archive, attach, containers, create, events, exec, images, load, logs, private, prune, pull, push,
-        registry, stats, system, top, update, volumes, wait,
+        archive, attach, containers, create, events, exec, images, load, logs, networks, private, prune,
+        pull, push, registry, stats, system, top, update, volumes, wait,
     },
     error::{Error, Result},
 };
@@ -96,6 +96,14 @@ pub(super) async fn route(request: Request) -> Result<Response> {
         ("GET", ["volumes", name]) => volumes::inspect(&request, name),
         ("DELETE", ["volumes", name]) => volumes::remove(&request, name).await,
 
+        ("GET", ["networks"]) => networks::list(&request),
+        ("POST", ["networks", "create"]) => networks::create(request).await,
+        ("POST", ["networks", "prune"]) => networks::prune(&request).await,
+        ("GET", ["networks", id]) => networks::inspect(&request, id),
+        ("DELETE", ["networks", id]) => networks::remove(&request, id).await,
+        ("POST", ["networks", id, "connect"]) => networks::connect(request, id).await,
+        ("POST", ["networks", id, "disconnect"]) => networks::disconnect(request, id).await,
+
         ("GET", ["coracle", "status"]) => private::status(&request).await,
         ("GET", ["coracle", "timings", container]) => private::timings(&request, container),
         ("GET", ["coracle", "containers", id, "layer"]) => archive::layer(&request, id).await,
@@ -111,9 +119,6 @@ fn missing(method: &str, path: &[&str]) -> Error {
     let sentence = match (method, path) {
         ("POST", ["build"]) | ("POST", ["session"] | ["grpc"]) => {
             "building images is not supported by Coracle yet: build elsewhere and use `docker load`"
-        }
-        (_, ["networks", ..]) => {
-            "networks are not supported by Coracle yet: containers have a loopback interface only"
         }
         ("PUT", ["volumes", _]) => "cluster volumes are not supported by Coracle: use local ones",
         (_, ["swarm" | "services" | "tasks" | "nodes" | "secrets" | "configs", ..]) => {
@@ -134,13 +139,7 @@ mod tests {
 
     #[test]
     fn dockers_own_routes_are_refused_with_a_sentence_and_others_not_found() {
-        for (method, path) in [
-            ("POST", "build"),
-            ("GET", "networks"),
-            ("POST", "networks/create"),
-            ("PUT", "volumes/x"),
-            ("POST", "swarm/init"),
-        ] {
+        for (method, path) in [("POST", "build"), ("PUT", "volumes/x"), ("POST", "swarm/init")] {
             let path: Vec<&str> = path.split('/').collect();
             assert_eq!(missing(method, &path).status(), 501, "{method} {path:?}");
         }

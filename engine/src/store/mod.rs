@@ -1,4 +1,4 @@
-//! The engine's facts on disk: one record for each container and each volume, in an embedded database that survives `kill -9` and power loss.
+//! The engine's facts on disk: one record for each container, volume and network, in an embedded database that survives `kill -9` and power loss.
 //!
 //! The database is synchronous and has one writer, so writes go over a channel to a thread of their own; what arrives
 //! together is committed together. A write is answered when it is durable. Records are opaque bytes here.
@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 const CONTAINERS: Table = TableDefinition::new("containers");
 const VOLUMES: Table = TableDefinition::new("volumes");
+const NETWORKS: Table = TableDefinition::new("networks");
 /// How many writes one commit takes at most.
 const BATCH: usize = 256;
 
@@ -45,6 +46,8 @@ pub(crate) struct Facts {
     pub(crate) containers: Records,
     /// Volumes by name.
     pub(crate) volumes: Records,
+    /// Networks by id.
+    pub(crate) networks: Records,
 }
 
 enum Change {
@@ -99,6 +102,16 @@ impl Store {
         self.write(VOLUMES, name, Change::Delete).await
     }
 
+    /// Writes a network's record; returns when it is durable.
+    pub(crate) async fn put_network(&self, id: &str, value: Vec<u8>) -> Result<(), StoreError> {
+        self.write(NETWORKS, id, Change::Put(value)).await
+    }
+
+    /// Removes a network's record; returns when that is durable.
+    pub(crate) async fn delete_network(&self, id: &str) -> Result<(), StoreError> {
+        self.write(NETWORKS, id, Change::Delete).await
+    }
+
     /// Waits for the last write and closes the file.
     pub(crate) fn close(&self) {
         drop(self.writes.lock().expect("no holder panics").take());
@@ -130,6 +143,7 @@ fn read_all(database: &Database) -> Result<Facts, redb::Error> {
     Ok(Facts {
         containers: read_table(&transaction, CONTAINERS)?,
         volumes: read_table(&transaction, VOLUMES)?,
+        networks: read_table(&transaction, NETWORKS)?,
     })
 }
 
