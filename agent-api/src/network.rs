@@ -1,7 +1,7 @@
 //! Which networks a container is on. A network is a bridge in the guest; the daemon says with each start what it must be like, and
 //! the agent makes it when the first container needs it.
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,9 @@ impl Default for Network {
 pub struct Bridge {
     /// The network that it is.
     pub network: NetworkId,
+    /// What it is called; names of containers may end with it.
+    #[serde(default)]
+    pub name: String,
     /// Name of its interface, 1 to 15 bytes; no other network has it.
     pub interface: String,
     /// The guest's own addresses on it, with the network's prefix; at most one of each family.
@@ -62,6 +65,12 @@ pub struct Endpoint {
     /// Where packets go that no network of the container's is for; at most one of each family.
     #[serde(default)]
     pub gateways: Vec<IpAddr>,
+    /// What the container is called on the network; it is known by no name if there is none.
+    #[serde(default)]
+    pub names: Vec<String>,
+    /// Names of others on the network by what the container calls them.
+    #[serde(default)]
+    pub links: BTreeMap<String, String>,
 }
 
 /// An Ethernet address, written as `02:42:ac:11:00:02`.

@@ -1,6 +1,7 @@
 //! Bodies of requests and answers.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
@@ -127,6 +128,9 @@ pub struct ContainerSpec {
     /// Its interfaces.
     #[serde(default)]
     pub network: Network,
+    /// Name servers that are asked, from its own network, instead of the host's.
+    #[serde(default)]
+    pub name_servers: Vec<IpAddr>,
     /// It has the guest's host name.
     #[serde(default)]
     pub host_uts: bool,

@@ -111,6 +111,64 @@ fn networks_of_ones_own_are_made_used_and_removed() {
     assert!(daemon.fails(1, &["network", "inspect", "mine"]).contains("network mine not found"));
 }
 
+/// What the name server of a container says of a name.
+fn ask(daemon: &Daemon, container: &str, name: &str) -> String {
+    let output = daemon.docker(&["exec", container, "busybox", "nslookup", name, "127.0.0.11"]);
+    support::text(&output.stdout)
+}
+
+#[test]
+fn containers_find_each_other_by_name() {
+    let (_machine, daemon) = with_busybox();
+    daemon.ok(&["network", "create", "mine"]);
+    up(&daemon, "db", &["--network", "mine", "--network-alias", "store", "--expose", "5432", "-e", "A=1"]);
+    up(
+        &daemon,
+        "web",
+        &[
+            "--network",
+            "mine",
+            "--link",
+            "db:sql",
+            "--dns-search",
+            "example.org",
+            "--dns-option",
+            "timeout:1",
+        ],
+    );
+    let db = address(&daemon, "db", "mine");
+    let short = daemon.ok(&["inspect", "-f", "{{.Config.Hostname}}", "db"]);
+    for name in ["db", "store", "DB.mine", short.trim(), "sql"] {
+        assert!(ask(&daemon, "web", name).contains(&db), "{name}: {}", ask(&daemon, "web", name));
+    }
+    assert!(reaches(&daemon, "web", "store"));
+    assert!(!ask(&daemon, "db", "sql").contains(&db), "a link is known to the one that has it only");
+    let resolv = daemon.ok(&["exec", "web", "cat", "/etc/resolv.conf"]);
+    assert!(
+        resolv.contains("nameserver 127.0.0.11\nsearch example.org\noptions timeout:1 ndots:0\n"),
+        "{resolv}"
+    );
+    daemon.ok(&["rename", "db", "base"]);
+    assert!(ask(&daemon, "web", "base").contains(&db) && !ask(&daemon, "web", "db").contains(&db));
+    daemon.ok(&["stop", "-t", "0", "base"]);
+    assert!(!ask(&daemon, "web", "store").contains(&db));
+    // Not on the default bridge, but for links.
+    up(&daemon, "plain", &["--expose", "80", "-e", "A=1"]);
+    up(&daemon, "linked", &["--link", "plain:other"]);
+    let plain = address(&daemon, "plain", "bridge");
+    assert!(!ask(&daemon, "linked", "plain").contains(&plain));
+    let said = daemon.ok(&["exec", "linked", "cat", "/etc/hosts"]);
+    assert!(said.contains(&format!("{plain}\tother ")) && said.contains(" plain\n"), "{said}");
+    let env = daemon.ok(&["exec", "linked", "cat", "/proc/1/environ"]).replace('\0', "\n");
+    for line in
+        [&format!("OTHER_PORT_80_TCP_ADDR={plain}\n"), "OTHER_NAME=/linked/other\n", "OTHER_ENV_A=1\n"]
+    {
+        assert!(env.contains(line), "{env}");
+    }
+    let refusal = daemon.fails(125, &["run", "--rm", "--link", "base:x", "busybox", "true"]);
+    assert!(refusal.contains("Cannot link to a non running container: /base AS "), "{refusal}");
+}
+
 #[test]
 fn what_cannot_be_is_refused_in_dockers_words() {
     let (_machine, daemon) = with_busybox();

@@ -7,8 +7,8 @@ mod start;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use coracle_agent_api::{
@@ -23,6 +23,7 @@ use crate::error::{AtStep, Result, conflict, from_io, not_found};
 use crate::fork_server::ForkServer;
 use crate::layers::Layers;
 use crate::network::Networks;
+use crate::network::names::{NoUpstream, Server, Upstream};
 use crate::processes::{self, Process, Registry};
 use crate::reaper::Reaper;
 use crate::seccomp;
@@ -59,6 +60,10 @@ pub(crate) struct Agent {
     storage: Arc<Storage>,
     volumes: Arc<Volumes>,
     networks: Arc<Networks>,
+    /// Who is asked for names that are no container's.
+    upstream: Arc<dyn Upstream>,
+    /// The name server of containers that have the guest's own network.
+    guest_names: OnceLock<Server>,
     cgroups: Arc<Cgroups>,
     seccomp: Arc<seccomp::Compiler>,
     reaper: Reaper,
@@ -94,6 +99,8 @@ impl Agent {
             storage: Arc::new(Storage::new(&paths.data)?),
             volumes: Arc::new(Volumes::new(&paths.data)?),
             networks: Arc::new(Networks::new()?),
+            upstream: Arc::new(NoUpstream),
+            guest_names: OnceLock::new(),
             cgroups,
             seccomp: Arc::default(),
             reaper,

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
 use crate::layers::LayerUse;
+use crate::network::names::Server;
 use crate::network::namespace::Namespace;
 use crate::network::{Networks, Ports};
 use crate::seccomp::Filter;
@@ -55,12 +56,15 @@ pub(crate) struct Interfaces {
     networks: Arc<Networks>,
     /// None once they were given back.
     pub ports: Arc<Mutex<Option<Ports>>>,
+    /// Its name server.
+    pub names: Option<Server>,
 }
 
 impl Interfaces {
     /// None yet.
-    pub(crate) fn new(networks: &Arc<Networks>) -> Self {
-        Self { networks: networks.clone(), ports: Arc::new(Mutex::new(Some(Ports::default()))) }
+    pub(crate) fn new(networks: &Arc<Networks>, container: &ProcessId) -> Self {
+        let ports = Arc::new(Mutex::new(Some(Ports::new(container.clone()))));
+        Self { networks: networks.clone(), ports, names: None }
     }
 }
 

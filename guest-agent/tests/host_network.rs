@@ -12,6 +12,7 @@ fn network(number: u8) -> NetworkId {
 fn bridge(number: u8) -> Bridge {
     Bridge {
         network: network(number),
+        name: format!("net{number}"),
         interface: format!("br-{number}"),
         addresses: vec![
             format!("172.30.{number}.1/24").parse().unwrap(),
@@ -45,6 +46,8 @@ fn endpoint(bridge: Bridge, last: u8, interface: &str) -> Endpoint {
             bridge.addresses.iter().map(|net| net.addr()).collect()
         },
         bridge,
+        names: vec![format!("host{last}")],
+        links: [("linked".to_owned(), "host3".to_owned())].into(),
     }
 }
 
@@ -126,6 +129,30 @@ async fn what_is_isolated_sees_the_gateway_only_and_what_is_internal_has_no_way_
     let one = started(&agent, vec![endpoint(internal.clone(), 2, "eth0")]).await;
     let _two = started(&agent, vec![endpoint(internal, 3, "eth0")]).await;
     assert_eq!(pings(&agent, &one, &["172.30.3.3", "172.30.1.1", "192.0.2.1"]).await, "yes no no");
+}
+
+#[tokio::test]
+async fn names_are_resolved_and_port_53_stays_free() {
+    let agent = TestAgent::start().await;
+    let one = started(&agent, vec![endpoint(bridge(1), 2, "eth0")]).await;
+    let _two = started(&agent, vec![endpoint(bridge(1), 3, "eth0")]).await;
+    let ask = async |name: &str| sh(&agent, &one, &format!("nslookup {name} 127.0.0.11 2>&1")).await;
+    for name in ["host3", "HOST3", "host3.net1", "linked"] {
+        let said = ask(name).await;
+        assert!(said.contains("172.30.1.3") && said.contains("fd00:1::3"), "{name}: {said}");
+    }
+    let said = ask("nowhere.example").await;
+    assert!(said.contains("SERVFAIL"), "{said}");
+    let said = ask("172.30.1.3").await;
+    assert!(said.contains("host3.net1"), "{said}");
+    // A container's own server on all addresses of port 53.
+    let script =
+        "busybox nc -l -p 53 > /tmp/tcp 2>&1 < /dev/null & sleep 1; busybox netstat -ln | grep -c ':53 '";
+    assert_eq!(sh(&agent, &one, script).await, "1\n");
+    assert!(ask("host3").await.contains("172.30.1.3"));
+    let names = vec!["other".to_owned()];
+    agent.post(&format!("/v1/containers/{one}/endpoints/{}/names", network(1)), &names).await.unwrap();
+    assert!(ask("other").await.contains("172.30.1.2"));
 }
 
 #[tokio::test]

@@ -142,6 +142,16 @@ impl Agent {
         self.post_only(&format!("/v1/containers/{id}/endpoints"), endpoint).await
     }
 
+    /// Changes what a running container is called on a network.
+    pub(crate) async fn rename_on(
+        &self,
+        id: &ProcessId,
+        network: &NetworkId,
+        names: &[String],
+    ) -> Result<(), AgentError> {
+        self.post_only(&format!("/v1/containers/{id}/endpoints/{network}/names"), &names).await
+    }
+
     /// Takes a running container off a network.
     pub(crate) async fn disconnect(&self, id: &ProcessId, network: &NetworkId) -> Result<(), AgentError> {
         self.delete(&format!("/v1/containers/{id}/endpoints/{network}")).await

@@ -245,7 +245,7 @@ impl Actor {
         let volumes = self.core.volume_mounts(&self.record)?;
         let network = self.join_networks().await?;
         self.mark("networks-joined");
-        let donors = spec::Donors { network, ..self.donors()? };
+        let donors = spec::Donors { network, links: self.core.links(&self.record)?, ..self.donors()? };
         let spec = spec::build(&self.record, layers, donors, volumes)?;
         let id = self.record.id.clone();
         let started = match host.agent().start(&id, &spec).await {
@@ -315,6 +315,7 @@ impl Actor {
             ipc: isolation::ipc(host, |_| ipc.as_ref().map(id).map(IpcMode::Container))?,
             pid: isolation::pid(host, |_| pid.as_ref().map(id).map(PidMode::Container))?,
             network: Network::default(),
+            links: Vec::new(),
         })
     }
 
@@ -443,6 +444,7 @@ impl Actor {
             let _ = self.core.containers.rename(&self.record.id, &name, &old);
             return Err(error);
         }
+        self.rename_on_networks().await;
         self.tell("rename", BTreeMap::from([("oldName".to_owned(), format!("/{old}"))]));
         Ok(())
     }

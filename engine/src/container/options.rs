@@ -18,7 +18,10 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    networks::endpoint::Wanted,
+    networks::{
+        endpoint::{Wanted, split_link},
+        files,
+    },
 };
 
 /// Docker's size of /dev/shm.
@@ -85,6 +88,15 @@ impl CreateRequest {
         rlimits(&host_config.ulimits)?;
         tmpfs(host_config)?;
         mounts::check(config, host_config)?;
+        files::check(host_config)?;
+        for link in &host_config.links {
+            split_link(link)?;
+        }
+        if host_config.network_mode == "host" && !host_config.links.is_empty() {
+            return Err(Error::invalid(
+                "conflicting options: host type networking can't be used with links. This would result in undefined behavior",
+            ));
+        }
         for host in &host_config.extra_hosts {
             split_host(host)?;
         }
@@ -311,7 +323,7 @@ fn split_host(text: &str) -> Result<(&str, Option<IpAddr>)> {
     let (name, address) = text.split_once([':', '=']).ok_or_else(|| bad("expected NAME:ADDRESS"))?;
     let legal = !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic() && b != b'#');
     if address == "host-gateway" {
-        return if legal { Ok((name, None)) } else { Err(bad("invalid name")) };
+        return Err(refused::missing("--add-host NAME:host-gateway", "HostConfig.ExtraHosts"));
     }
     let bare = address.trim_start_matches('[').trim_end_matches(']');
     let address: IpAddr = bare.parse().map_err(|_| bad("invalid IP address"))?;

@@ -26,12 +26,8 @@ const HOST_CONFIG: &[Refused] = &[
     no("CpuRealtimePeriod", "--cpu-rt-period"),
     no("CpuRealtimeRuntime", "--cpu-rt-runtime"),
     no("DeviceRequests", "--gpus"),
-    no("Dns", "--dns"),
-    no("DnsOptions", "--dns-option"),
-    no("DnsSearch", "--dns-search"),
     no("IOMaximumBandwidth", "--io-maxbandwidth"),
     no("IOMaximumIOps", "--io-maxiops"),
-    no("Links", "--link"),
     no("PortBindings", "--publish"),
     no("PublishAllPorts", "--publish-all"),
     no("StorageOpt", "--storage-opt"),
@@ -127,7 +123,7 @@ mod tests {
         assert!(check_host_config(&object(defaults)).is_ok());
         for (json, option) in [
             (r#"{"PortBindings":{"80/tcp":[{"HostPort":"80"}]}}"#, "--publish"),
-            (r#"{"Links":["a:b"]}"#, "--link"),
+            (r#"{"CpuCount":7}"#, "--cpu-count"),
         ] {
             let error = check_host_config(&object(json)).unwrap_err();
             assert_eq!(error.status(), 501);

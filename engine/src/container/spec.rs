@@ -12,7 +12,10 @@ use super::{
     record::Record,
     resources,
 };
-use crate::{error::Result, networks};
+use crate::{
+    error::Result,
+    networks::{self, links::Link},
+};
 
 /// Docker's search path for programs.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -33,12 +36,14 @@ const MASKED_PATHS: &[&str] = &[
 ];
 const READONLY_PATHS: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
-/// With whom a container shares namespaces.
+/// What a container has of others.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Donors {
     pub(crate) ipc: IpcMode,
     pub(crate) pid: PidMode,
     pub(crate) network: Network,
+    /// Whom it knows by `--link`.
+    pub(crate) links: Vec<Link>,
 }
 
 /// Builds the specification.
@@ -58,7 +63,7 @@ pub(crate) fn build(
         layers,
         hostname: record.config.hostname.clone(),
         domainname: record.config.domainname.clone(),
-        process: process(record)?,
+        process: process(record, &donors.links)?,
         readonly_rootfs: host.readonly_rootfs,
         init: host.init.unwrap_or(false),
         shm_size: u64::try_from(host.shm_size)
@@ -67,7 +72,7 @@ pub(crate) fn build(
             .unwrap_or(options::DEFAULT_SHM.unsigned_abs()),
         tmpfs: options::tmpfs(host)?,
         volumes,
-        files: files(record)?,
+        files: files(record, &donors.links)?,
         masked_paths: hidden(host.masked_paths.as_ref(), MASKED_PATHS),
         readonly_paths: hidden(host.readonly_paths.as_ref(), READONLY_PATHS),
         resources: resources::convert(host),
@@ -84,18 +89,19 @@ pub(crate) fn build(
         ipc: donors.ipc,
         pid: donors.pid,
         network: donors.network,
+        name_servers: networks::files::name_servers(host)?,
         host_uts: host.uts_mode == "host",
         host_cgroups: host.cgroupns_mode == "host",
         cgroup_parent: host.cgroup_parent.clone(),
     })
 }
 
-fn process(record: &Record) -> Result<ProcessSpec> {
+fn process(record: &Record, links: &[Link]) -> Result<ProcessSpec> {
     let (config, host) = (&record.config, &record.host_config);
     let [rows, cols] = host.console_size.map(|size| u16::try_from(size).unwrap_or(u16::MAX));
     Ok(ProcessSpec {
         args: config.command(),
-        env: environment(config, &[]),
+        env: environment(config, &links.iter().flat_map(|link| link.env.clone()).collect::<Vec<_>>()),
         cwd: working_dir(config),
         user: config.user.clone(),
         additional_groups: host.group_add.clone(),
@@ -142,17 +148,14 @@ fn set(env: &mut Vec<String>, variable: &str) {
 }
 
 /// The files that are mounted in a container.
-pub(super) fn files(record: &Record) -> Result<Vec<InjectedFile>> {
+pub(super) fn files(record: &Record, links: &[Link]) -> Result<Vec<InjectedFile>> {
     let hostname = &record.config.hostname;
-    let hosts = networks::files::hosts(record, &[])?;
+    let hosts = networks::files::hosts(record, links)?;
     let file = |path: &str, contents: String| InjectedFile { path: path.to_owned(), contents };
     Ok(vec![
         file("/etc/hostname", format!("{hostname}\n")),
         file("/etc/hosts", hosts),
-        file(
-            "/etc/resolv.conf",
-            "# This container has a loopback interface only: there is no one to ask.\n".to_owned(),
-        ),
+        file("/etc/resolv.conf", networks::files::resolv_conf(record)),
     ])
 }
 

@@ -13,7 +13,7 @@ use super::{
     Driver, Network,
     endpoint::{Attached, Lease, Wanted},
     ipam::Pool,
-    new_id,
+    names_of, new_id,
 };
 use crate::{
     container::{
@@ -85,6 +85,11 @@ impl Core {
             }
             first.wanted.mac_address = mac;
             first.wanted.check()?;
+        }
+        if self.networks.find(&primary).is_ok_and(|network| network.is_user_defined())
+            && first.wanted.links.is_empty()
+        {
+            first.wanted.links.clone_from(&host.links);
         }
         if wanted.len() > MAX_ENDPOINTS {
             return Err(Error::invalid(format!("a container can be on {MAX_ENDPOINTS} networks at most")));
@@ -225,7 +230,12 @@ impl Core {
             .collect();
         let (names, endpoints): (Vec<_>, Endpoints<'_>) = places.into_iter().unzip();
         let ways_out = [ways_out(&endpoints, true), ways_out(&endpoints, false)];
-        let endpoint = move |(at, (network, _, lease)): (usize, (Arc<Network>, &Wanted, Lease))| {
+        let links = |wanted: &Wanted| {
+            let links = wanted.links().unwrap_or_default();
+            links.into_iter().map(|(name, alias)| (alias.to_owned(), name.to_owned())).collect()
+        };
+        let endpoint = move |(at, (network, wanted, lease)): (usize, (Arc<Network>, &Wanted, Lease))| {
+            let resolves = network.is_user_defined();
             let gateways =
                 ways_out.iter().flatten().filter(|(place, _)| *place == at).map(|(_, gateway)| *gateway);
             api::Endpoint {
@@ -234,6 +244,8 @@ impl Core {
                 mac: lease.mac.unwrap_or(Mac([2, 0, 0, 0, 0, 1])),
                 addresses: lease.addresses,
                 gateways: gateways.collect(),
+                names: if resolves { names_of(record, wanted) } else { Vec::new() },
+                links: if resolves { links(wanted) } else { BTreeMap::new() },
             }
         };
         let endpoints: Vec<_> = endpoints.into_iter().enumerate().map(endpoint).collect();

@@ -67,7 +67,7 @@ impl Wanted {
         self.static_addresses()?;
         self.mac()?;
         self.interface()?;
-        for option in self.driver_opts.keys().filter(|option| *option != INTERFACE_NAME) {
+        if let Some(option) = self.driver_opts.keys().find(|option| *option != INTERFACE_NAME) {
             return Err(Error::unsupported(format!(
                 "the network driver's option `{}` is not supported by Coracle yet: leave it out",
                 shown(option)

@@ -1,22 +1,23 @@
 //! `/etc/hosts` and `/etc/resolv.conf` of containers, as Docker writes them.
 
-use std::fmt::Write;
+use std::{fmt::Write, net::IpAddr};
 
+use super::links::Link;
 use crate::{
-    container::{options, record::Record},
-    error::Result,
+    container::{config::HostConfig, options, record::Record},
+    error::{Error, Result},
 };
 
 const LOCAL: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\nff00::\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n";
 
 /// `/etc/hosts`: loopback, what the client added, links (address and names), and the container itself.
-pub(crate) fn hosts(record: &Record, links: &[(String, String)]) -> Result<String> {
+pub(crate) fn hosts(record: &Record, links: &[Link]) -> Result<String> {
     let (config, host) = (&record.config, &record.host_config);
     let mut hosts = String::from(LOCAL);
     for extra in &host.extra_hosts {
         hosts.push_str(&options::hosts_line(extra, &[])?);
     }
-    for (address, names) in links {
+    for Link { address, names, .. } in links {
         // Writing to a string does not fail.
         let _ = writeln!(hosts, "{address}\t{names}");
     }
@@ -34,4 +35,78 @@ pub(crate) fn hosts(record: &Record, links: &[(String, String)]) -> Result<Strin
         let _ = writeln!(hosts, "127.0.1.1\t{own}");
     }
     Ok(hosts)
+}
+
+/// `/etc/resolv.conf`: the name server in the container's own namespace, and how names are completed.
+pub(crate) fn resolv_conf(record: &Record) -> String {
+    let host = &record.host_config;
+    if host.network_mode == "none" {
+        return "# This container has a loopback interface only: there is no one to ask.\n".to_owned();
+    }
+    let mut text = String::from(
+        "# Made by Coracle: the name server knows containers, and asks the host for all else.\nnameserver 127.0.0.11\n",
+    );
+    let search = match host.dns_search.is_empty() {
+        true => host_search(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()),
+        // As in Docker, a dot means none.
+        false => host.dns_search.iter().filter(|domain| *domain != ".").cloned().collect(),
+    };
+    if !search.is_empty() {
+        let _ = writeln!(text, "search {}", search.join(" "));
+    }
+    let mut options = host.dns_options.clone();
+    if !options.iter().any(|option| option.starts_with("ndots:")) {
+        options.push("ndots:0".to_owned());
+    }
+    let _ = writeln!(text, "options {}", options.join(" "));
+    text
+}
+
+/// The domains in which the host itself looks names up; the last line of its file counts (resolv.conf(5)).
+fn host_search(file: &str) -> Vec<String> {
+    let words = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        matches!(words.next(), Some("search" | "domain")).then(|| words.map(str::to_owned).collect())
+    };
+    let domains: Vec<String> = file.lines().filter_map(words).next_back().unwrap_or_default();
+    domains.into_iter().filter(|domain| domain != ".").collect()
+}
+
+/// Checks `--dns`, `--dns-search` and `--dns-option`: they become lines of a file.
+pub(crate) fn check(host: &HostConfig) -> Result<()> {
+    name_servers(host)?;
+    for (option, words) in [("dns-search", &host.dns_search), ("dns-option", &host.dns_options)] {
+        let bad = |word: &&String| word.is_empty() || !word.bytes().all(|b| b.is_ascii_graphic());
+        if let Some(bad) = words.iter().find(bad) {
+            let shown: String = bad.chars().take(80).collect();
+            return Err(Error::invalid(format!("invalid --{option}: {shown:?}")));
+        }
+    }
+    Ok(())
+}
+
+/// Converts `--dns`.
+pub(crate) fn name_servers(host: &HostConfig) -> Result<Vec<IpAddr>> {
+    let parse = |text: &String| {
+        let shown: String = text.chars().take(80).collect();
+        text.parse().map_err(|_| Error::invalid(format!("invalid --dns: {shown:?} is no IP address")))
+    };
+    host.dns.iter().map(parse).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hosts_domains_are_those_of_the_last_line() {
+        for (file, domains) in [
+            ("", &[][..]),
+            ("nameserver 1.2.3.4\nsearch a.b c.d\n", &["a.b", "c.d"]),
+            ("domain x\nsearch y\n#search z\n", &["y"]),
+            ("search .\n", &[]),
+        ] {
+            assert_eq!(host_search(file), domains, "{file:?}");
+        }
+    }
 }

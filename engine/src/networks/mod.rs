@@ -9,6 +9,7 @@ pub(crate) mod create;
 pub(crate) mod endpoint;
 pub(crate) mod files;
 pub(crate) mod ipam;
+pub(crate) mod links;
 pub(crate) mod record;
 
 use std::{

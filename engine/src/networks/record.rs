@@ -122,6 +122,7 @@ impl Network {
     pub(crate) fn bridge(&self) -> Bridge {
         Bridge {
             network: self.id.clone(),
+            name: self.name.clone(),
             interface: self.interface(),
             addresses: self.pools.iter().map(Pool::gateway_net).collect(),
             internal: self.internal,

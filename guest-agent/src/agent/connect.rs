@@ -42,6 +42,13 @@ impl Agent {
         blocking(move || with_ports(&container, |_, ports| networks.disconnect(&network, ports))).await
     }
 
+    /// Changes what a running container is called on a network.
+    pub(crate) fn rename_on(&self, id: &ProcessId, network: &NetworkId, names: &[String]) -> Result<()> {
+        let container = self.running(id)?;
+        self.networks.directory().rename(&container.id, network, names);
+        Ok(())
+    }
+
     /// Removes a network's bridge.
     pub(crate) async fn remove_network(&self, network: NetworkId) -> Result<()> {
         // Containers that have ended are on it a moment longer.

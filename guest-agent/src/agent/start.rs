@@ -19,7 +19,7 @@ use crate::cgroup::{Cgroup, Devices};
 use crate::containers::{Container, Holdings, Interfaces, SharedMemory};
 use crate::error::{AtStep, Result, conflict, invalid};
 use crate::fork_server::{NewContainer, OrderRef, Place, Report, Shm, Task, TaskFds};
-use crate::network::namespace::Namespace;
+use crate::network::{names, namespace::Namespace};
 use crate::processes::spool::Spool;
 use crate::processes::{self, Process, Stdin, read_pipe, read_terminal, watch_fd};
 use crate::seccomp::Filter;
@@ -40,6 +40,8 @@ struct Prepared {
     devices_ruled: bool,
     donors: Donors,
     network: Option<Arc<Namespace>>,
+    /// Of its name server.
+    names: Option<names::Sockets>,
 }
 
 /// Where a process is born.
@@ -125,8 +127,19 @@ impl Agent {
             }
         };
         phases.mark("prepared");
-        let Prepared { holdings, files, volumes, seccomp, shm, shared, devices_ruled, donors, network } =
-            prepared;
+        let Prepared {
+            mut holdings,
+            files,
+            volumes,
+            seccomp,
+            shm,
+            shared,
+            devices_ruled,
+            donors,
+            network,
+            names,
+        } = prepared;
+        holdings.ports.names = self.serve_names(id, &spec, network.as_ref(), names);
         let process = spec.process.clone();
         let new_network = spec.network.clone();
         let all_capabilities = spec.privileged;
@@ -191,10 +204,11 @@ impl Agent {
         let volumes = self.volumes.prepare(&root, &spec.volumes)?;
         let (shm, shared, owned_shm) = self.shared_memory(id, spec, &donors)?;
         let cgroup = Arc::new(self.cgroups.create(id, &spec.cgroup_parent, &spec.resources, &devices)?);
-        let mut ports = Interfaces::new(&self.networks);
+        let mut ports = Interfaces::new(&self.networks, id);
         let network = self.network(&spec.network, &mut ports)?;
+        let names = self.name_sockets(&spec.network, network.as_deref())?;
         let holdings = Holdings { cgroup, root, layers, shm: owned_shm, ports };
-        Ok(Prepared { holdings, files, volumes, seccomp, shm, shared, devices_ruled, donors, network })
+        Ok(Prepared { holdings, files, volumes, seccomp, shm, shared, devices_ruled, donors, network, names })
     }
 
     /// A container's network namespace, and in it what the container is connected to.
@@ -210,6 +224,52 @@ impl Agent {
                 }
                 Ok(Some(Arc::new(namespace)))
             }
+        }
+    }
+
+    /// The sockets of a container's name server, if it is to have one.
+    fn name_sockets(
+        &self,
+        network: &Network,
+        namespace: Option<&Namespace>,
+    ) -> Result<Option<names::Sockets>> {
+        match (network, namespace) {
+            (Network::Endpoints(endpoints), Some(namespace)) if !endpoints.is_empty() => {
+                names::Sockets::open(namespace).at("open the name server's sockets").map(Some)
+            }
+            (Network::Host, _) if self.guest_names.get().is_none() => {
+                let own = Namespace::current().at("open the guest's network namespace")?;
+                names::Sockets::open(&own).at("open the name server's sockets").map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn serve_names(
+        &self,
+        id: &ProcessId,
+        spec: &ContainerSpec,
+        namespace: Option<&Arc<Namespace>>,
+        sockets: Option<names::Sockets>,
+    ) -> Option<names::Server> {
+        let knowledge = names::Knowledge {
+            container: id.clone(),
+            directory: self.networks.directory().clone(),
+            upstream: self.upstream.clone(),
+            servers: spec.name_servers.clone(),
+        };
+        let own = match namespace {
+            Some(namespace) => namespace.clone(),
+            None => Arc::new(Namespace::current().ok()?),
+        };
+        let server = names::serve(sockets?, own, knowledge);
+        let server = server
+            .inspect_err(|error| tracing::error!(container = id.short(), "it has no names: {error}"))
+            .ok()?;
+        match namespace {
+            Some(_) => Some(server),
+            // It serves all containers that have the guest's network; if two came first, one of the servers goes.
+            None => self.guest_names.set(server).err(),
         }
     }
 

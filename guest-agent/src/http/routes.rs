@@ -73,6 +73,12 @@ async fn route(
             detached(async move { agent.connect(&id, endpoint).await }).await?;
             Ok(done())
         }
+        (&Method::POST, ["containers", id, "endpoints", network, "names"]) => {
+            let (id, network) = (parse(id)?, parse(network)?);
+            let names: Vec<String> = body(request).await?;
+            agent.rename_on(&id, &network, &names)?;
+            Ok(done())
+        }
         (&Method::DELETE, ["containers", id, "endpoints", network]) => {
             let (id, network) = (parse(id)?, parse(network)?);
             detached(async move { agent.disconnect(&id, network).await }).await?;

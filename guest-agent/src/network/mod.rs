@@ -5,18 +5,19 @@
 //! it knows bridges by the group of their interfaces, so that it never changes.
 
 pub(crate) mod links;
+pub(crate) mod names;
 pub(crate) mod namespace;
 pub(crate) mod netlink;
-#[allow(dead_code, reason = "names need the rest of it")]
 pub(crate) mod nft;
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use coracle_agent_api::{Bridge, Endpoint, ErrorKind, Mac, NetworkId};
+use coracle_agent_api::{Bridge, Endpoint, ErrorKind, Mac, NetworkId, ProcessId};
 use links::Index;
+use names::directory::Directory;
 use namespace::Namespace;
 use netlink::Socket;
 
@@ -40,6 +41,7 @@ const PRIORITY_FILTER: i32 = 0;
 /// The networks of the guest.
 pub(crate) struct Networks {
     inner: Mutex<Inner>,
+    directory: Arc<Directory>,
 }
 
 struct Inner {
@@ -57,8 +59,11 @@ struct Made {
 }
 
 /// A container's interfaces outside of it; they go when this is given back.
-#[derive(Debug, Default)]
-pub(crate) struct Ports(Vec<Port>);
+#[derive(Debug)]
+pub(crate) struct Ports {
+    container: ProcessId,
+    ports: Vec<Port>,
+}
 
 #[derive(Debug)]
 struct Port {
@@ -67,9 +72,14 @@ struct Port {
 }
 
 impl Ports {
+    /// None yet.
+    pub(crate) fn new(container: ProcessId) -> Self {
+        Self { container, ports: Vec::new() }
+    }
+
     /// Whether there is one on a network.
     pub(crate) fn is_on(&self, network: &NetworkId) -> bool {
-        self.0.iter().any(|port| port.network == *network)
+        self.ports.iter().any(|port| port.network == *network)
     }
 }
 
@@ -85,7 +95,10 @@ impl Networks {
         let mut socket = Socket::route()?;
         links::deliver_marked(&mut socket, DELIVER_MARK, DELIVER_TABLE)?;
         rules().commit()?;
-        Ok(Self { inner: Mutex::new(Inner { socket, bridges: HashMap::new(), next_port: 0 }) })
+        Ok(Self {
+            inner: Mutex::new(Inner { socket, bridges: HashMap::new(), next_port: 0 }),
+            directory: Arc::default(),
+        })
     }
 
     /// Connects a container's namespace to networks; what fails in between is undone. Blocks.
@@ -98,16 +111,18 @@ impl Networks {
         for endpoint in endpoints {
             let step = || format!("connect the container to network {}", endpoint.bridge.network.short());
             let port = self.lock().plug(namespace, endpoint).at(step())?;
-            ports.0.push(port);
+            ports.ports.push(port);
             namespace.run(|| configure(endpoint)).at(step())?;
+            self.directory.add(&ports.container, endpoint);
         }
         Ok(())
     }
 
     /// Takes a container off a network. Blocks.
     pub(crate) fn disconnect(&self, network: &NetworkId, ports: &mut Ports) -> Result<()> {
-        while let Some(at) = ports.0.iter().position(|port| port.network == *network) {
-            let port = ports.0.swap_remove(at);
+        self.directory.remove(&ports.container, network);
+        while let Some(at) = ports.ports.iter().position(|port| port.network == *network) {
+            let port = ports.ports.swap_remove(at);
             self.lock().unplug(&port).at_kind(ErrorKind::Internal, "remove the container's interface")?;
         }
         Ok(())
@@ -115,11 +130,17 @@ impl Networks {
 
     /// Takes a container off all its networks: its addresses are free afterwards. Blocks.
     pub(crate) fn give_back(&self, ports: Ports) {
-        for port in ports.0 {
+        for port in ports.ports {
+            self.directory.remove(&ports.container, &port.network);
             if let Err(error) = self.lock().unplug(&port) {
                 tracing::warn!(interface = port.name, "removing a container's interface failed: {error}");
             }
         }
+    }
+
+    /// The names of containers.
+    pub(crate) fn directory(&self) -> &Arc<Directory> {
+        &self.directory
     }
 
     /// Removes a network's bridge, if there is one. Blocks.

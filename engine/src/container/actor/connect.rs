@@ -5,7 +5,7 @@ use coracle_agent_api::{ErrorKind, Network};
 use super::Actor;
 use crate::{
     error::{Result, chain},
-    networks::endpoint::Wanted,
+    networks::{endpoint::Wanted, names_of},
 };
 
 impl Actor {
@@ -42,6 +42,22 @@ impl Actor {
         }
         if let Err(error) = self.save().await {
             tracing::error!(%error, "cannot write down that a container is not on a network");
+        }
+    }
+
+    /// Its new name is known on its networks.
+    pub(super) async fn rename_on_networks(&self) {
+        if !self.record.state.status.is_running() {
+            return;
+        }
+        for attached in self.record.networks.values() {
+            let network =
+                self.core.networks.find(&attached.network).ok().filter(|network| network.is_user_defined());
+            let Some(network) = network else { continue };
+            let names = names_of(&self.record, &attached.wanted);
+            if let Err(error) = self.host().agent().rename_on(&self.record.id, &network.id, &names).await {
+                tracing::warn!(error = chain(&error), "a container's new name is not known on a network");
+            }
         }
     }
 
