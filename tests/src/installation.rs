@@ -128,6 +128,43 @@ impl Installation {
         let mut set = [rustix::event::PollFd::new(&handle, rustix::event::PollFlags::IN)];
         rustix::event::poll(&mut set, None).expect("waiting for the end of a process");
     }
+
+    /// Runs the parts of a test one after the other, each whether or not those before it failed, and fails if one did. What the
+    /// installation looked like when a part failed is printed.
+    pub fn run_parts(&self, parts: &[(&str, fn())]) {
+        let mut failed = Vec::new();
+        for (name, part) in parts {
+            eprintln!("--- {name}");
+            if std::panic::catch_unwind(part).is_err() {
+                failed.push(name);
+                self.describe();
+            }
+        }
+        self.coracle(&["down"]).ok();
+        assert!(failed.is_empty(), "failed: {failed:?}");
+    }
+
+    /// Prints what helps to explain a failure: every container's state, the ends of the logs.
+    fn describe(&self) {
+        let format = "{{json .Name}} {{json .State}}";
+        let containers = self.docker(&["ps", "-aq", "--no-trunc"]);
+        for id in containers.out().lines() {
+            eprintln!("--- {}", self.docker(&["inspect", "--format", format, id]).out().trim_end());
+        }
+        eprintln!("--- the end of the guest's log");
+        last_lines(&self.coracle(&["logs", "--vm"]).out());
+        for log in ["daemon.log", "vms/default/vmm.log"] {
+            if let Ok(text) = std::fs::read_to_string(self.home().join(log)) {
+                eprintln!("--- the end of {log}");
+                last_lines(&text);
+            }
+        }
+    }
+}
+
+fn last_lines(text: &str) {
+    let lines: Vec<_> = text.lines().collect();
+    lines.iter().skip(lines.len().saturating_sub(40)).for_each(|line| eprintln!("{line}"));
 }
 
 impl Default for Installation {
@@ -138,20 +175,12 @@ impl Default for Installation {
 
 impl Drop for Installation {
     fn drop(&mut self) {
-        let mut down = self.command("coracle");
-        down.arg("down");
-        let ended = run(&mut down);
+        if std::thread::panicking() {
+            self.describe();
+        }
+        let ended = run(self.command("coracle").arg("down"));
         if ended.code != 0 && !std::thread::panicking() {
             panic!("`coracle down` failed: {}", ended.err());
-        }
-        if std::thread::panicking() {
-            for log in ["daemon.log", "vms/default/vmm.log"] {
-                if let Ok(text) = std::fs::read_to_string(self.home().join(log)) {
-                    let tail: Vec<_> = text.lines().rev().take(40).collect();
-                    eprintln!("--- the end of {log}");
-                    tail.iter().rev().for_each(|line| eprintln!("{line}"));
-                }
-            }
         }
     }
 }

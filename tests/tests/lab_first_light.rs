@@ -38,15 +38,7 @@ fn the_whole_session() {
             containers_and_volumes_keep_their_files_over_a_restart_of_the_vm,
         ),
     ];
-    let mut failed = Vec::new();
-    for (name, test) in tests {
-        eprintln!("--- {name}");
-        if std::panic::catch_unwind(test).is_err() {
-            failed.push(name);
-        }
-    }
-    CORACLE.coracle(&["down"]).ok();
-    assert!(failed.is_empty(), "failed: {failed:?}");
+    CORACLE.run_parts(tests);
 }
 
 fn docker(args: &[&str]) -> coracle_tests::Finished {
