@@ -4,6 +4,7 @@
 
 pub(crate) mod hold;
 mod machine;
+mod qemu;
 mod system;
 
 use std::path::PathBuf;

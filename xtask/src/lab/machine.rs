@@ -29,9 +29,10 @@ const OUT: &str = "/run/coracle-lab-out";
 const CPU: &str =
     "max,+svm,+npt,-xsave,-xsavec,-xsaveopt,-xgetbv1,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku,-mpx";
 
-/// A processor that gets nowhere for two minutes ends the machine, so that whoever waits for it learns it.
+/// A processor that gets nowhere for two minutes ends the machine, so that whoever waits for it learns it. The other processors start
+/// when KVM has changed its code for its first machine.
 const APPEND: &str =
-    "console=ttyS0 panic=-1 quiet loglevel=5 mitigations=off watchdog_thresh=60 softlockup_panic=1";
+    "console=ttyS0 panic=-1 quiet loglevel=5 mitigations=off watchdog_thresh=60 softlockup_panic=1 maxcpus=1";
 
 /// Runs `arguments` in a new machine.
 pub(super) fn run(system: &System, options: &Options, arguments: &[String]) -> Result<ExitCode> {
@@ -218,8 +219,10 @@ fn qemu(system: &System, options: &Options, job: &Path) -> Result<std::process::
     };
     let model = if nix::unistd::geteuid().is_root() { "passthrough" } else { "none" };
     // setpriv makes QEMU die with us even when we are killed.
-    let mut command = shell::command("setpriv", ["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+    let mut command = shell::command("setpriv", ["--pdeathsig", "KILL", "--"]);
     command
+        .arg(&system.qemu.program)
+        .args(system.qemu.arguments())
         .args([
             "-accel",
             "tcg,thread=multi",
@@ -285,6 +288,8 @@ fn script(arguments: &[String], out: bool) -> Result<String> {
     // Not a child of the command, which may wait for all that it has.
     writeln!(script, "mkfifo /run/kvm-held && (exec {} hold-kvm > /run/kvm-held &)", shell::quote(xtask))?;
     writeln!(script, "read -r held < /run/kvm-held || exit 125")?;
+    writeln!(script, "for processor in /sys/devices/system/cpu/cpu[1-9]*/online; do")?;
+    writeln!(script, "    [ ! -e \"$processor\" ] || echo 1 > \"$processor\" || exit 125\ndone")?;
     let folder = std::env::current_dir().context("cannot find the current folder")?;
     let folder = folder.to_str().context("the current folder's path is not UTF-8")?;
     writeln!(script, "cd {} || exit 125", shell::quote(folder))?;

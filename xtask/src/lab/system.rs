@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use super::qemu::{self, Qemu};
 use crate::{cache, cpio, packages, shell};
 
 const INIT: &str = include_str!("init.sh");
@@ -31,8 +32,9 @@ const MODULES: &[&str] = &[
     "ext4",
 ];
 
-/// The files that QEMU starts.
+/// QEMU, and the files that it starts.
 pub(super) struct System {
+    pub(super) qemu: Qemu,
     pub(super) kernel: PathBuf,
     pub(super) initramfs: PathBuf,
 }
@@ -48,7 +50,8 @@ pub(super) fn get() -> Result<System> {
         .input("busybox", &busybox)
         .finish();
     let place = cache::entry("lab", &key, |folder| make(folder, &busybox))?;
-    Ok(System { kernel: place.join("vmlinuz"), initramfs: place.join("initramfs.cpio") })
+    let qemu = qemu::get()?;
+    Ok(System { qemu, kernel: place.join("vmlinuz"), initramfs: place.join("initramfs.cpio") })
 }
 
 fn make(folder: &Path, busybox: &[u8]) -> Result<()> {
@@ -119,7 +122,7 @@ fn add_module(name: &str, modules: &BTreeMap<String, PathBuf>, order: &mut Vec<S
 }
 
 /// Files below `folder` whose names please `wanted`, sorted.
-fn files(folder: &Path, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+pub(super) fn files(folder: &Path, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
         let entry = entry?;
