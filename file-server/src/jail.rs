@@ -58,7 +58,15 @@ fn calls() -> Vec<Call> {
 
 /// The control socket, the VMM's front end, the rings' events.
 fn control_and_rings() -> impl Iterator<Item = Call> {
-    always(&[libc::SYS_accept4, libc::SYS_recvmsg, libc::SYS_sendmsg, libc::SYS_shutdown, libc::SYS_eventfd2])
+    always(&[
+        libc::SYS_accept4,
+        libc::SYS_getsockopt,
+        libc::SYS_recvmsg,
+        libc::SYS_sendmsg,
+        libc::SYS_shutdown,
+        libc::SYS_eventfd2,
+    ])
+    .chain([Call(libc::SYS_ioctl, vec![vec![(1, filter::ALL, libc::FIONBIO)]])])
 }
 
 /// What is done with files. Nothing here runs one, mounts, or opens one without a path.

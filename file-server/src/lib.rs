@@ -7,6 +7,8 @@
 pub mod control;
 pub mod device;
 pub mod fs;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod jail;
 
 mod server;
@@ -42,6 +44,14 @@ pub enum RunError {
 /// How many directories to keep open, if the process may have so many descriptors: the guest's own open files must have room.
 pub fn directories_for(descriptors: u64) -> usize {
     usize::try_from(descriptors / 4).unwrap_or(MAX_DIRECTORIES).clamp(8, MAX_DIRECTORIES)
+}
+
+/// Runs the file server on the control socket that the process inherited as descriptor 3. Call it first thing in the process.
+///
+/// # Errors
+/// See [`RunError`].
+pub fn run_inherited() -> Result<(), RunError> {
+    run(coracle_worker::jail::inherited_control().map_err(|_| RunError::NoControlSocket)?)
 }
 
 /// Runs the file server on a listening control socket until its machine is over. Call it first thing in the process: it closes all

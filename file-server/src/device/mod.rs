@@ -18,6 +18,8 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use crate::fs::Exported;
 use frontend::Frontend;
 use requests::Requests;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use ring::Ring;
 
 /// Guest memory, which the front end may replace.
 pub(crate) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -46,4 +48,10 @@ pub fn serve(files: Arc<Exported>, frontend: UnixStream) -> io::Result<()> {
             Err(error) => return Err(io::Error::other(error)),
         }
     }
+}
+
+/// The requests of a guest that a fuzzer plays.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn requests_for(server: Server<Arc<Exported>>) -> io::Result<Arc<Requests>> {
+    Requests::start(server).map(Arc::new)
 }

@@ -27,7 +27,7 @@ struct Waiting {
     chain: Chain,
 }
 
-pub(super) struct Requests {
+pub(crate) struct Requests {
     server: Server<Arc<Exported>>,
     queue: Mutex<Option<Sender<Waiting>>>,
     /// How many were handed over and are not finished.

@@ -36,7 +36,7 @@ struct Thread {
     kick: Arc<OwnedFd>,
 }
 
-pub(super) struct Ring {
+pub(crate) struct Ring {
     shared: Arc<Shared>,
     thread: Option<Thread>,
 }
@@ -47,7 +47,7 @@ fn new_queue() -> Queue {
 }
 
 impl Ring {
-    pub(super) fn new(memory: Memory, requests: Arc<Requests>) -> Self {
+    pub(crate) fn new(memory: Memory, requests: Arc<Requests>) -> Self {
         let state = Mutex::new(State { queue: new_queue(), call: None, broken: false });
         Self {
             shared: Arc::new(Shared { memory, state, enabled: AtomicBool::new(false), requests }),
@@ -56,7 +56,7 @@ impl Ring {
     }
 
     /// Changes the queue.
-    pub(super) fn configure<T>(&mut self, change: impl FnOnce(&mut Queue) -> T) -> T {
+    pub(crate) fn configure<T>(&mut self, change: impl FnOnce(&mut Queue) -> T) -> T {
         let mut state = self.shared.lock();
         state.broken = false;
         change(&mut state.queue)
@@ -88,6 +88,13 @@ impl Ring {
                 .map_err(|errno| Error::ReqHandlerError(errno.into()))?;
         }
         Ok(())
+    }
+
+    /// Serves what is in the ring in this thread, and waits for what others have in hand.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn serve_now(&mut self) {
+        self.shared.serve();
+        self.shared.requests.wait_idle();
     }
 
     /// Serves nothing more. Requests that others have in hand are finished first.

@@ -141,3 +141,11 @@ impl Exported {
         self.tables.counts()
     }
 }
+
+/// Any bytes as a record.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz_record(bytes: &[u8]) {
+    if let Some(record) = owners::Record::parse(bytes) {
+        assert_eq!(owners::Record::parse(record.to_text().as_bytes()), Some(record));
+    }
+}

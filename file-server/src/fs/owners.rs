@@ -36,7 +36,7 @@ impl Identity {
         Ok(Self { uid, gid, umask })
     }
 
-    pub(super) fn is_root(&self) -> bool {
+    pub(crate) fn is_root(&self) -> bool {
         self.uid == 0
     }
 }

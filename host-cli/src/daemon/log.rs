@@ -27,9 +27,9 @@ pub(crate) fn start(detached: bool) {
     start_filtered(detached, "info");
 }
 
-/// The same without what a guest could fill the log with: the protocol's library reports every request that fails.
+/// The same without what a guest could fill the log with: the protocols' libraries report every request that fails.
 pub(crate) fn start_for_file_server() {
-    start_filtered(true, "info,fuse_backend_rs=off");
+    start_filtered(true, "info,fuse_backend_rs=off,virtio_queue=off");
 }
 
 fn start_filtered(detached: bool, filter: &str) {

@@ -3,33 +3,20 @@
 //! Each layer holds by itself: where one is missing, the others stand. The system call filter has a list for each kind of thread,
 //! beside the reasons for it; a thread can only ever narrow what its parent had. A process id namespace is not made: it would need a
 //! second process, and no thread may signal, trace or look at another process anyway.
-#![allow(unsafe_code)]
 
 mod filter;
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 
 use coracle_worker::jail;
 use rustix::thread::CapabilitySet;
 
-pub(crate) use coracle_worker::jail::{is_control_socket, number};
+pub(crate) use coracle_worker::jail::{inherited_control, is_control_socket, number};
 pub(crate) use filter::{Role, narrow};
 
-/// Descriptor of the control socket by convention.
-const CONTROL_FD: RawFd = 3;
 /// Enough for every connection that the vsock device can have, twice, and for the rest.
 const MAX_DESCRIPTORS: u64 = 16 * 1024;
-
-/// Takes the control socket that the process was started with.
-pub(crate) fn inherited_control() -> io::Result<OwnedFd> {
-    // SAFETY: fcntl only looks whether the descriptor is open.
-    if unsafe { libc::fcntl(CONTROL_FD, libc::F_GETFD) } == -1 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is open, and the caller promises by calling this first that nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) })
-}
 
 /// Confines the process for the rest of its life, except for the descriptors to keep. It must have one thread only.
 ///

@@ -9,7 +9,7 @@ pub mod filter;
 mod namespaces;
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, Scope};
 use rustix::net::SocketType;
@@ -18,6 +18,22 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 pub use namespaces::{Users, leave as leave_namespaces};
+
+/// Descriptor of the control socket by convention.
+const CONTROL_FD: RawFd = 3;
+
+/// Takes the control socket that the process was started with, as descriptor 3. To be called once, before anything else owns descriptors.
+///
+/// # Errors
+/// Where there is no such descriptor.
+pub fn inherited_control() -> io::Result<OwnedFd> {
+    // SAFETY: fcntl only looks whether the descriptor is open.
+    if unsafe { libc::fcntl(CONTROL_FD, libc::F_GETFD) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, and the caller promises by calling this first that nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) })
+}
 
 /// Whether this is a listening socket for whole messages.
 pub fn is_control_socket(socket: BorrowedFd<'_>) -> bool {
