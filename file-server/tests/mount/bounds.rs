@@ -13,6 +13,8 @@ pub(crate) const CASES: &[Case] = &[
     ("files that are open for the client are bounded by an error", too_many_open),
 ];
 
+/// What a file that the client references may take of the server's memory.
+const BYTES_PER_NODE: u64 = 700;
 const FILES: usize = 100_000;
 const DIRECTORIES: usize = 1000;
 
@@ -35,6 +37,9 @@ fn long_walk(m: &Mounted) {
         assert_eq!(fs::read(path).unwrap(), b"");
     }
     assert!(small.server_descriptors() < 200, "{}", small.server_descriptors());
+    let (nodes, memory) = (small.client.status().unwrap().nodes, small.server_memory());
+    println!("     {nodes} nodes are referenced, {} KiB are resident", memory >> 10);
+    assert!(memory < nodes * BYTES_PER_NODE + (32 << 20));
     small.end();
 }
 

@@ -113,6 +113,14 @@ impl Mounted {
         std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
     }
 
+    /// The server's resident memory in bytes.
+    pub(crate) fn server_memory(&self) -> u64 {
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.server.lock().unwrap().id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+    }
+
     /// Unmounts, and sees that the server ends well and nothing was left referenced.
     pub(crate) fn end(self) {
         unmount(&self.root, UnmountFlags::DETACH).unwrap();
