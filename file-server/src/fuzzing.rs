@@ -3,7 +3,6 @@
 //!
 //! What is granted stands beside something secret; no answer may contain that, and nothing beside the grant may change.
 
-use std::ffi::CString;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -283,6 +282,7 @@ pub fn record(bytes: &[u8]) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::ffi::CString;
 
     fn lookup(guest: &mut Guest, parent: u64, name: &[u8]) -> (i32, u64) {
         let mut body = name.to_vec();

@@ -88,6 +88,10 @@ impl Requests {
             Ok(Some(written)) => written,
             // A request that cannot be read, or has no room for its answer, is answered as far as possible: nobody shall hang.
             Ok(None) => answer_error(memory, chain).unwrap_or(0),
+            // Fuzzers are to see it.
+            #[cfg(any(test, feature = "fuzzing"))]
+            Err(panic) => std::panic::resume_unwind(panic),
+            #[cfg(not(any(test, feature = "fuzzing")))]
             Err(_) => {
                 tracing::error!("a request made the file server panic");
                 answer_error(memory, chain).unwrap_or(0)
