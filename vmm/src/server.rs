@@ -253,7 +253,7 @@ impl Server {
             }
             Request::VsockConnect(connect) => {
                 let stream = fds.pop().ok_or("no descriptor")?;
-                self.machine()?.vsock.connect(connect.port, stream);
+                self.machine()?.vsock.connect(connect.port, connect.from, stream);
             }
         }
         Ok(Answer::Done)

@@ -129,7 +129,17 @@ impl Client {
 
     /// Connects `stream` (the VMM's end of it) to a port in the guest. A guest that refuses shows as end of file.
     pub fn vsock_connect(&self, port: u32, stream: BorrowedFd<'_>) -> Result<(), ClientError> {
-        self.done(Request::VsockConnect(VsockConnect { port }), &[stream])
+        self.done(Request::VsockConnect(VsockConnect { port, from: None }), &[stream])
+    }
+
+    /// The same from a port of the host that the guest knows the connection by; see [`VsockConnect::from`].
+    pub fn vsock_connect_from(
+        &self,
+        from: u32,
+        port: u32,
+        stream: BorrowedFd<'_>,
+    ) -> Result<(), ClientError> {
+        self.done(Request::VsockConnect(VsockConnect { port, from: Some(from) }), &[stream])
     }
 
     /// Accepts the guest's connections to a host port; see [`VsockListen`].
@@ -266,7 +276,10 @@ mod tests {
             let event = FromVmm::Event(Event::VsockAccepted { port: 1024, guest_port: 7 });
             socket::send(&right, &serde_json::to_vec(&event).unwrap(), &[file.as_fd()]).unwrap();
             let (message, fds) = serve_one(&right, Outcome::Ok(Answer::Done));
-            assert_eq!((message.request, fds), (Request::VsockConnect(VsockConnect { port: 9 }), 1));
+            assert_eq!(
+                (message.request, fds),
+                (Request::VsockConnect(VsockConnect { port: 9, from: None }), 1)
+            );
             serve_one(&right, Outcome::Error("not now".into()));
         });
         let file = tempfile::tempfile().unwrap();

@@ -114,6 +114,11 @@ pub struct DetachSegment {
 pub struct VsockConnect {
     /// The guest's port. The reply means that the request is queued; a refusal closes the descriptor.
     pub port: u32,
+    /// The host's port that the guest sees, below 2^30 and not one that is listened on: whoever accepts the connection
+    /// there knows by it which one it is. A port that has a connection to the same port of the guest already is refused.
+    /// Without it, one that is free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<u32>,
 }
 
 /// A port of the host that the guest may connect to.

@@ -142,7 +142,7 @@ proptest! {
         let (mut layers, _, layers_thread) = Block::new(LayersDisk::new(segments)).unwrap();
         for garbage in &lives {
             let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-            handle.connect(5, ours.as_fd().try_clone_to_owned().unwrap());
+            handle.connect(5, None, ours.as_fd().try_clone_to_owned().unwrap());
             let devices: [&mut dyn VirtioDevice; 5] =
                 [&mut vsock, &mut rng, &mut data, &mut layers, &mut balloon];
             for device in devices {

@@ -106,7 +106,14 @@ fn streams() -> Vec<Call> {
         libc::SYS_newfstatat,
         libc::SYS_statx,
     ])
-    .chain([Call(libc::SYS_socketpair, vec![vec![(0, ALL, libc::AF_UNIX as u64)]])])
+    .chain([
+        Call(libc::SYS_socketpair, vec![vec![(0, ALL, libc::AF_UNIX as u64)]]),
+        // A connection that the guest has reset is closed so that its other end sees that.
+        Call(
+            libc::SYS_setsockopt,
+            vec![vec![(1, ALL, libc::SOL_SOCKET as u64), (2, ALL, libc::SO_LINGER as u64)]],
+        ),
+    ])
     .collect()
 }
 

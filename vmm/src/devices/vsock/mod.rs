@@ -36,13 +36,12 @@ pub(crate) struct Accepted {
 pub(crate) enum VsockCommand {
     Connect {
         port: u32,
+        /// The host's port, if the guest is to see a certain one.
+        from: Option<u32>,
         stream: OwnedFd,
     },
     /// Answers when a connection will be accepted.
-    Listen {
-        port: u32,
-        done: SyncSender<()>,
-    },
+    Listen { port: u32, done: SyncSender<()> },
 }
 
 /// What the thread shows of itself.
@@ -85,8 +84,8 @@ impl Vsock {
 
 impl VsockHandle {
     /// Connects a stream to a port of the guest; it is closed if the guest refuses.
-    pub(crate) fn connect(&self, port: u32, stream: OwnedFd) {
-        self.commands.send(Command::Other(VsockCommand::Connect { port, stream }));
+    pub(crate) fn connect(&self, port: u32, from: Option<u32>, stream: OwnedFd) {
+        self.commands.send(Command::Other(VsockCommand::Connect { port, from, stream }));
     }
 
     /// Accepts the guest's connections to a port of the host, from when this returns on.

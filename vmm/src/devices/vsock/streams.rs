@@ -4,9 +4,11 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::event::epoll;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 
 use super::super::buffers::Buffers;
@@ -95,6 +97,15 @@ impl Streams {
             // Fails only if it was never added.
             let _ = epoll::delete(&self.epoll, &stream.fd);
         }
+    }
+
+    /// Closes the stream so that the other end of a network connection sees a reset and not an orderly end.
+    pub(super) fn abort(&mut self, id: Id) {
+        if let Some(stream) = self.streams.get(&id).filter(|stream| stream.kind == Kind::Socket) {
+            // It means nothing to a socket of the Unix family, and a connection that is over is over.
+            let _ = set_socket_linger(&stream.fd, Some(Duration::ZERO));
+        }
+        self.close(id);
     }
 
     /// Ends a direction. A descriptor that is not a socket and has only this one is closed, so that its other end sees it;

@@ -210,7 +210,7 @@ fn without_buffers_of_the_guest_the_device_sleeps() {
     guest.activate();
     let (mut host, given) = streams(Kind::Unix);
     host.write_all(&[1; 100_000]).unwrap();
-    guest.handle.connect(9, given);
+    guest.handle.connect(9, None, given);
     let rounds = |guest: &Guest| guest.handle.shown.rounds.load(Ordering::Relaxed);
     // No packet can come. What the device does meanwhile is counted.
     assert!(guest.receive_within(Duration::from_millis(100)).is_none());
@@ -324,7 +324,7 @@ fn a_connection_made_before_the_driver_is_there_is_not_lost() {
     let (mut host, given) = streams(Kind::Unix);
     host.write_all(b"early").unwrap();
     host.shut(Shutdown::Write);
-    guest.handle.connect(9, given);
+    guest.handle.connect(9, None, given);
     guest.activate();
     // Some drivers reset the device once before they use it.
     guest.reset();
@@ -410,7 +410,7 @@ fn more_than_the_credit_is_a_reset() {
 #[test]
 fn what_is_no_stream_is_refused_without_harm() {
     let mut guest = Guest::new(Layout::Whole);
-    guest.handle.connect(9, tempfile::tempfile().unwrap().into());
+    guest.handle.connect(9, None, tempfile::tempfile().unwrap().into());
     let (mut host, given) = streams(Kind::Unix);
     host.write_all(b"next").unwrap();
     guest.accept(given);

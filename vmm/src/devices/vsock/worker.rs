@@ -77,7 +77,7 @@ pub(super) fn serve_once(activation: Activation) -> bool {
     (0..4).for_each(|port| worker.core.listen(port));
     let (kept, given) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
     std::io::Write::write_all(&mut &kept, b"early words").expect("a socket takes a few bytes");
-    worker.obey(VsockCommand::Connect { port: 5, stream: given.into() });
+    worker.obey(VsockCommand::Connect { port: 5, from: None, stream: given.into() });
     let signals = std::sync::Arc::clone(&activation.signals);
     worker.activate(activation);
     while worker.move_packets() {}
@@ -128,9 +128,9 @@ impl<F: FnMut(Accepted)> Worker<'_, F> {
                 // The client waits, unless its thread has ended.
                 let _ = done.send(());
             }
-            VsockCommand::Connect { port, stream } => {
-                let Some(id) = self.core.connect(port) else {
-                    return tracing::warn!(port, "too many vsock connections");
+            VsockCommand::Connect { port, from, stream } => {
+                let Some(id) = self.core.connect(port, from) else {
+                    return warn_limited!(port, ?from, "too many vsock connections, or the port is taken");
                 };
                 match self.streams.add(id, stream) {
                     Ok(Directions { gives, takes }) => self.core.one_way(id, gives, takes),
@@ -341,6 +341,7 @@ impl<F: FnMut(Accepted)> Worker<'_, F> {
                 Action::ShutdownWrite(id) => self.streams.shut(id, Shutdown::Write),
                 Action::ShutdownRead(id) => self.streams.shut(id, Shutdown::Read),
                 Action::Close(id) => self.streams.close(id),
+                Action::Abort(id) => self.streams.abort(id),
                 Action::Accept(id, ports) => match self.streams.make(id) {
                     Ok(stream) => {
                         self.core.accepted(id);

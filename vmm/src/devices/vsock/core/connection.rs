@@ -61,6 +61,8 @@ pub(super) struct Connection {
     /// The stream was closed for writing, or takes nothing any more.
     write_ended: bool,
     host_refuses: bool,
+    /// The guest has ended it out of order.
+    pub(super) abortive: bool,
     /// Bytes received from the guest, written to the stream, and reported as such; all wrap around.
     received: u32,
     forwarded: u32,
@@ -89,6 +91,7 @@ impl Connection {
             told_shutdown: 0,
             write_ended: false,
             host_refuses: false,
+            abortive: false,
             received: 0,
             forwarded: 0,
             reported: 0,
@@ -196,6 +199,10 @@ impl Connection {
     pub(super) fn host_ended(&mut self) {
         self.readable = false;
         self.host_shutdown |= SHUTDOWN_SEND;
+    }
+
+    pub(super) fn has_host_ended(&self) -> bool {
+        self.host_shutdown & SHUTDOWN_SEND != 0
     }
 
     /// True once: when the guest has ended its direction and everything was written.

@@ -19,7 +19,7 @@ pub(super) mod story;
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use self::connection::{Connection, Next, State};
-use super::packet::{HOST_CID, Header, Operation, SHUTDOWN_BOTH, TYPE_STREAM};
+use super::packet::{HOST_CID, Header, Operation, SHUTDOWN_BOTH, SHUTDOWN_SEND, TYPE_STREAM};
 use crate::control::VsockCounts;
 
 /// What is buffered for a slow stream of the host's, and advertised to the guest, as long as there are few connections.
@@ -53,6 +53,8 @@ pub(crate) enum Action {
     ShutdownRead(Id),
     /// Close the stream and forget what is buffered for it.
     Close(Id),
+    /// The same, and the stream's other end shall see that this was no orderly end.
+    Abort(Id),
 }
 
 /// How much may be sent to the guest in one turn.
@@ -130,19 +132,20 @@ impl Core {
         self.listeners.insert(port);
     }
 
-    /// Connects to a port of the guest, as soon as its driver is there. `None` if there are too many connections.
-    pub(crate) fn connect(&mut self, guest_port: u32) -> Option<Id> {
+    /// Connects to a port of the guest, as soon as its driver is there; from a certain port of the host, or from any that is
+    /// free. `None` if there are too many connections, or if that port cannot be had.
+    pub(crate) fn connect(&mut self, guest_port: u32, from: Option<u32>) -> Option<Id> {
         if self.connections.len() >= MAX_CONNECTIONS {
             return None;
         }
-        let ports = loop {
-            let ports = Ports { host: self.next_port, guest: guest_port };
-            self.next_port =
-                self.next_port.checked_add(1).filter(|port| *port < u32::MAX).unwrap_or(FIRST_EPHEMERAL);
-            if !self.by_ports.contains_key(&ports) && !self.listeners.contains(&ports.host) {
-                break ports;
-            }
+        let ports = match from {
+            Some(host) if host < FIRST_EPHEMERAL => Ports { host, guest: guest_port },
+            Some(_) => return None,
+            None => self.next_free(guest_port),
         };
+        if !self.is_free(ports) {
+            return None;
+        }
         let id = self.insert(Connection::connecting(ports, self.buffer_for_one_more()));
         self.counts.connected += 1;
         self.take_turn(id);
@@ -306,6 +309,21 @@ impl Core {
         }
     }
 
+    fn next_free(&mut self, guest_port: u32) -> Ports {
+        loop {
+            let ports = Ports { host: self.next_port, guest: guest_port };
+            self.next_port =
+                self.next_port.checked_add(1).filter(|port| *port < u32::MAX).unwrap_or(FIRST_EPHEMERAL);
+            if self.is_free(ports) {
+                return ports;
+            }
+        }
+    }
+
+    fn is_free(&self, ports: Ports) -> bool {
+        !self.by_ports.contains_key(&ports) && !self.listeners.contains(&ports.host)
+    }
+
     fn insert(&mut self, connection: Connection) -> Id {
         let id = Id(self.next_id);
         self.next_id += 1;
@@ -341,6 +359,7 @@ impl Core {
         let connection = self.connections.get_mut(&id)?;
         if operation == Operation::Reset {
             self.counts.reset += 1;
+            connection.abortive = true;
             self.unlink(id);
             self.drain(id);
             return None;
@@ -374,6 +393,8 @@ impl Core {
         let before = connection.guest_shutdown;
         connection.guest_shutdown |= flags & SHUTDOWN_BOTH;
         if connection.guest_shutdown == SHUTDOWN_BOTH {
+            // An orderly end comes one direction after the other: whoever lets go of both while both were open has given up.
+            connection.abortive = before & SHUTDOWN_SEND == 0 && !connection.has_host_ended();
             let ports = connection.ports;
             self.push_reset(ports);
             self.unlink(id);
@@ -393,8 +414,9 @@ impl Core {
             self.actions.push_back(Action::ShutdownWrite(id));
         }
         if connection.state == State::Draining && connection.buffered() == 0 {
+            let abortive = connection.abortive;
             self.connections.remove(&id);
-            self.actions.push_back(Action::Close(id));
+            self.actions.push_back(if abortive { Action::Abort(id) } else { Action::Close(id) });
         } else {
             self.take_turn(id);
         }

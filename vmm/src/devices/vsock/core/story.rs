@@ -26,7 +26,10 @@ pub(crate) fn fuzz(story: &[u8]) {
         let number = u32::from_le_bytes([step[4], step[5], step[6], step[7]]);
         let id = ids.get(usize::from(which) % ids.len().max(1)).copied();
         match (kind % 8, id) {
-            (0, _) if ids.len() < 64 => ids.extend(core.connect(u32::from(which % 4))),
+            (0, _) if ids.len() < 64 => {
+                let from = (which >= 128).then_some(u32::from(which));
+                ids.extend(core.connect(u32::from(which % 4), from));
+            }
             (1, Some(id)) => core.host_readable(id),
             (2, Some(id)) => core.host_gone(id),
             (3, Some(id)) => {
@@ -49,7 +52,7 @@ pub(crate) fn fuzz(story: &[u8]) {
                     ids.push(id);
                     core.accepted(id);
                 }
-                Action::Close(id) => drop(watched.remove(&id)),
+                Action::Close(id) | Action::Abort(id) => drop(watched.remove(&id)),
                 Action::ShutdownRead(_) | Action::ShutdownWrite(_) => {}
             }
         }

@@ -36,7 +36,7 @@ fn is(header: &Header, operation: Operation) -> bool {
 
 /// A connection made by the host, open.
 fn connected(core: &mut Core) -> (Id, Ports) {
-    let id = core.connect(9).unwrap();
+    let id = core.connect(9, None).unwrap();
     let request = control(core);
     assert!(is(&request, Operation::Request));
     let ports = Ports { host: request.src_port, guest: 9 };
@@ -62,7 +62,7 @@ fn pump(core: &mut Core, id: Id, chunk: u32) -> (usize, u32) {
 #[test]
 fn a_connection_before_the_driver_is_not_lost() {
     let mut core = Core::new(CID);
-    core.connect(9).unwrap();
+    core.connect(9, None).unwrap();
     core.device_reset();
     assert!(is(&control(&mut core), Operation::Request));
     core.device_reset();
@@ -182,6 +182,36 @@ fn the_hosts_end_of_file_leaves_the_other_direction_open() {
 }
 
 #[test]
+fn a_guest_that_gives_up_is_told_from_one_that_has_finished() {
+    let mut core = Core::new(CID);
+    let close = |core: &mut Core, ports, flags| {
+        core.guest_packet(&Header { flags, ..packet(Operation::Shutdown, ports) });
+    };
+    let (id, ports) = connected(&mut core);
+    close(&mut core, ports, SHUTDOWN_BOTH);
+    assert_eq!(core.next_action(), Some(Action::Abort(id)));
+    assert!(is(&control(&mut core), Operation::Reset));
+    let (id, ports) = connected(&mut core);
+    close(&mut core, ports, SHUTDOWN_SEND);
+    assert_eq!(core.next_action(), Some(Action::ShutdownWrite(id)));
+    close(&mut core, ports, SHUTDOWN_BOTH);
+    assert_eq!(core.next_action(), Some(Action::Close(id)));
+}
+
+#[test]
+fn a_host_port_that_is_asked_for_is_had_once() {
+    let mut core = Core::new(CID);
+    core.listen(1024);
+    core.connect(9, Some(77)).unwrap();
+    let request = control(&mut core);
+    assert_eq!((request.src_port, request.dst_port), (77, 9));
+    assert!(core.connect(9, Some(77)).is_none());
+    assert!(core.connect(8, Some(77)).is_some());
+    assert!(core.connect(9, Some(1024)).is_none());
+    assert!(core.connect(9, Some(FIRST_EPHEMERAL)).is_none());
+}
+
+#[test]
 fn the_guests_end_reaches_the_stream_after_its_last_byte() {
     let mut core = Core::new(CID);
     let (id, ports) = connected(&mut core);
@@ -216,7 +246,7 @@ fn ports_can_be_used_again_while_the_last_bytes_are_written() {
     let Some(Action::Accept(second, _)) = core.next_action() else { panic!("no connection") };
     assert_ne!(first, second);
     core.delivered(first, 9);
-    assert_eq!(core.next_action(), Some(Action::Close(first)));
+    assert_eq!(core.next_action(), Some(Action::Abort(first)));
     core.accepted(second);
     assert!(is(&control(&mut core), Operation::Response));
 }
@@ -292,7 +322,7 @@ fn a_flood_is_bounded() {
     }
     assert_eq!(core.counts().open, MAX_CONNECTIONS as u64);
     assert!(core.resets.len() <= MAX_RESETS);
-    assert!(core.connect(1).is_none());
+    assert!(core.connect(1, None).is_none());
 }
 
 #[test]
@@ -333,7 +363,7 @@ fn all_that_is_buffered_together_is_bounded() {
 #[test]
 fn a_pipe_that_only_takes_is_told_to_the_guest_when_it_is_there() {
     let mut core = Core::new(CID);
-    let id = core.connect(9).unwrap();
+    let id = core.connect(9, None).unwrap();
     core.one_way(id, false, true);
     let request = control(&mut core);
     assert!(is(&request, Operation::Request) && !core.has_packets());

@@ -247,7 +247,7 @@ impl Guest {
 
     /// A connection that the host makes with a descriptor, accepted by the guest.
     pub(super) fn accept(&mut self, stream: impl Into<OwnedFd>) -> Connection {
-        self.handle.connect(9, stream.into());
+        self.handle.connect(9, None, stream.into());
         let (request, _) = self.expect(Operation::Request);
         let connection = Connection { guest: 9, host: request.src_port };
         self.say(connection, Operation::Response, 0);

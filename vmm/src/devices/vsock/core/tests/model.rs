@@ -329,7 +329,7 @@ proptest! {
     fn no_sequence_of_packets_breaks_the_core(headers in prop::collection::vec(any_header(), 0..200)) {
         let mut core = Core::new(CID);
         core.listen(1);
-        let made = core.connect(1).unwrap();
+        let made = core.connect(1, None).unwrap();
         core.host_readable(made);
         for header in headers {
             if let Some(id) = core.guest_packet(&header) {
