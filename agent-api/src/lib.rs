@@ -30,6 +30,7 @@
 //! | `POST /v1/processes/{id}/signal` | [`Signal`] → 204 | sends a signal |
 //! | `POST /v1/processes/{id}/resize` | [`TerminalSize`] → 204 | sets the size of the process's terminal |
 //! | `DELETE /v1/processes/{id}` | → 204 | forgets an ended process: its exit status and unread output |
+//! | `GET /v1/egress` | upgrade to [`egress::EGRESS_PROTOCOL`] | what containers ask of the world outside; see [`egress`] |
 //! | `GET /v1/kmsg` | → text, endless | the guest kernel's log, from its beginning, then as it grows; with `?follow=0` only what is there |
 //! | `POST /v1/shutdown` | → 204 | kills what runs, writes everything to disk, powers the guest off |
 //!
@@ -39,6 +40,7 @@
 //! [`Hello`]. The connection stays open for as long as the agent lives.
 
 mod confinement;
+pub mod egress;
 pub mod files;
 pub mod frame;
 mod id;

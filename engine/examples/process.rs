@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use coracle_engine::{
-    Engine, EngineConfig, RegistrySource,
+    Engine, EngineConfig, HostFiles, RegistrySource,
     sandbox::{Sandbox, SandboxId, process::ProcessSandbox},
 };
 use coracle_image_store::ImageStore;
@@ -25,6 +25,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         version: "0.0.0-example".to_owned(),
         git_commit: String::new(),
         registries: RegistrySource::default(),
+        host_files: HostFiles::default(),
     };
     let engine = Engine::new(config, images, Arc::new(factory)).await?;
     let socket = home.join("docker.sock");

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -26,6 +26,7 @@ use crate::{
         signal,
         state::Status,
     },
+    egress::{HostFiles, audit::Audit},
     error::{Error, Kind, Result, chain},
     events::Events,
     exec::Execs,
@@ -51,6 +52,8 @@ pub struct EngineConfig {
     pub git_commit: String,
     /// How registries are spoken to.
     pub registries: RegistrySource,
+    /// By what the host resolves names, which containers' names are resolved by too.
+    pub host_files: HostFiles,
 }
 
 pub(crate) struct Core {
@@ -59,6 +62,7 @@ pub(crate) struct Core {
     pub(crate) registries: Registries,
     pub(crate) store: Store,
     pub(crate) sandboxes: Sandboxes,
+    pub(crate) audit: Audit,
     pub(crate) events: Events,
     pub(crate) containers: Registry,
     pub(crate) volumes: Volumes,
@@ -88,12 +92,20 @@ impl Core {
         let opened = tokio::task::spawn_blocking(move || open_home(&home)).await??;
         let (store, facts) = opened;
         let networks = Networks::load(facts.networks, &store).await?;
-        let core = Arc::new(Self {
+        let (closing, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let core = Arc::new_cyclic(|core| Self {
+            sandboxes: Sandboxes::new(
+                sandboxes,
+                config.host_files.clone(),
+                Weak::clone(core),
+                tasks.clone(),
+                closing.clone(),
+            ),
             config,
             registries: Registries::new(Arc::clone(&images)),
             images,
             store,
-            sandboxes: Sandboxes::new(sandboxes),
+            audit: Audit::default(),
             events: Events::new(),
             containers: Registry::default(),
             volumes: Volumes::load(facts.volumes),
@@ -101,10 +113,10 @@ impl Core {
             execs: Execs::default(),
             timings: Timings::default(),
             image_gate: RwLock::default(),
-            closing: CancellationToken::new(),
+            closing,
             going_down: AtomicBool::new(false),
             down: Notify::new(),
-            tasks: TaskTracker::new(),
+            tasks,
             started: UnixNanos::now(),
         });
         core.load(facts.containers).await?;

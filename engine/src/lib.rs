@@ -10,6 +10,7 @@ mod agent;
 pub mod api;
 mod container;
 mod core;
+mod egress;
 mod engine;
 mod error;
 mod events;
@@ -27,6 +28,7 @@ mod timings;
 mod volumes;
 
 pub use core::EngineConfig;
+pub use egress::HostFiles;
 pub use engine::{Engine, ServeEnd};
 pub use error::{Error, Kind};
 pub use registries::RegistrySource;

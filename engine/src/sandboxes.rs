@@ -3,14 +3,17 @@
 use std::{
     collections::{HashMap, HashSet},
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
 };
 
 use coracle_agent_api::{DiffId, Layer, ProcessId, Retain};
 use tokio::sync::{Mutex as AsyncMutex, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     agent::Agent,
+    core::Core,
+    egress::{HostFiles, WayOut},
     error::{Result, chain},
     sandbox::{Running, Sandbox, SandboxFactory, SandboxId, SandboxState},
 };
@@ -168,18 +171,37 @@ impl Host {
 /// All sandboxes that were asked for.
 pub(crate) struct Sandboxes {
     factory: Arc<dyn SandboxFactory>,
+    host_files: HostFiles,
+    core: Weak<Core>,
+    tasks: TaskTracker,
+    closing: CancellationToken,
     hosts: Mutex<HashMap<SandboxId, Arc<Host>>>,
 }
 
 impl Sandboxes {
-    pub(crate) fn new(factory: Arc<dyn SandboxFactory>) -> Self {
-        Self { factory, hosts: Mutex::default() }
+    /// Tasks end when `closing` is cancelled.
+    pub(crate) fn new(
+        factory: Arc<dyn SandboxFactory>,
+        host_files: HostFiles,
+        core: Weak<Core>,
+        tasks: TaskTracker,
+        closing: CancellationToken,
+    ) -> Self {
+        Self { factory, host_files, core, tasks, closing, hosts: Mutex::default() }
     }
 
     /// The sandbox of this name.
     pub(crate) fn get(&self, id: &SandboxId) -> Arc<Host> {
         let mut hosts = self.hosts.lock().expect("no holder panics");
-        Arc::clone(hosts.entry(id.clone()).or_insert_with(|| Host::new(self.factory.sandbox(id))))
+        Arc::clone(hosts.entry(id.clone()).or_insert_with(|| self.make(id)))
+    }
+
+    fn make(&self, id: &SandboxId) -> Arc<Host> {
+        let host = Host::new(self.factory.sandbox(id));
+        let (sandbox, agent) = (Arc::clone(&host.sandbox), host.agent.clone());
+        WayOut::new(sandbox, agent, self.host_files.clone(), Weak::clone(&self.core))
+            .spawn(&self.tasks, self.closing.clone());
+        host
     }
 
     /// Those asked for so far.

@@ -19,11 +19,12 @@ use tokio::sync::{Notify, watch};
 
 use crate::cgroup::{Cgroups, Room};
 use crate::containers::{Container, Containers, Holdings};
+use crate::egress::Egress;
 use crate::error::{AtStep, Result, conflict, from_io, not_found};
 use crate::fork_server::ForkServer;
 use crate::layers::Layers;
 use crate::network::Networks;
-use crate::network::names::{NoUpstream, Server, Upstream};
+use crate::network::names::{Server, Upstream};
 use crate::processes::{self, Process, Registry};
 use crate::reaper::Reaper;
 use crate::seccomp;
@@ -53,6 +54,7 @@ pub(crate) struct Paths {
 /// The agent.
 pub(crate) struct Agent {
     fork_server: ForkServer,
+    egress: Arc<Egress>,
     processes: Registry,
     containers: Containers,
     files: files::Helpers,
@@ -81,6 +83,7 @@ impl Agent {
     pub(crate) fn new(
         paths: &Paths,
         fork_server: ForkServer,
+        egress: Arc<Egress>,
         die_with_agent: bool,
     ) -> std::io::Result<Arc<Self>> {
         std::fs::create_dir_all(&paths.layers)?;
@@ -92,6 +95,8 @@ impl Agent {
         let cgroups = Arc::new(Cgroups::new(&paths.cgroup, &paths.cgroup_name, paths.room)?);
         Ok(Arc::new(Self {
             fork_server,
+            upstream: egress.clone(),
+            egress,
             processes: Registry::default(),
             containers: Containers::default(),
             files: files::Helpers::new(cgroups.create_for_helpers()?),
@@ -99,7 +104,6 @@ impl Agent {
             storage: Arc::new(Storage::new(&paths.data)?),
             volumes: Arc::new(Volumes::new(&paths.data)?),
             networks: Arc::new(Networks::new()?),
-            upstream: Arc::new(NoUpstream),
             guest_names: OnceLock::new(),
             cgroups,
             seccomp: Arc::default(),
@@ -124,6 +128,11 @@ impl Agent {
         };
         let processes = self.processes.all().iter().map(state).collect();
         AgentState { processes, layers: self.layers.list() }
+    }
+
+    /// The containers' way out.
+    pub(crate) fn egress(&self) -> Arc<Egress> {
+        self.egress.clone()
     }
 
     /// A process that was started and not forgotten.

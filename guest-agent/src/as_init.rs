@@ -14,6 +14,8 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, Vso
 
 use crate::agent::{Agent, Paths};
 use crate::cgroup::Room;
+use crate::egress::Egress;
+use crate::incoming::Incoming;
 use crate::{Phases, cgroup, fork_server, hello, http, reap_orphans, runtime, sys};
 
 const DATA_DISK: &str = "/dev/vda";
@@ -129,7 +131,8 @@ async fn serve(fork_server: fork_server::Unattached, mut phases: Phases) -> io::
         room: Some(ROOM),
         shm: "/run/shm".into(),
     };
-    let agent = Agent::new(&paths, fork_server.attach()?, false)?;
+    let egress = Egress::start(Incoming::Vsock)?;
+    let agent = Agent::new(&paths, fork_server.attach()?, egress, false)?;
     tokio::spawn(reap_orphans(agent.clone()));
     let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, AGENT_PORT))?;
     let mut ready = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)).await?;

@@ -11,6 +11,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::agent::{Agent, Paths};
+use crate::egress::Egress;
+use crate::incoming::Incoming;
 use crate::{Phases, child, fork_server, hello, http, mounts, reap_orphans, runtime, sys};
 
 /// How the process is started.
@@ -20,6 +22,8 @@ pub struct Options {
     pub listen: PathBuf,
     /// Where someone listens for the agent's `Hello`.
     pub ready: PathBuf,
+    /// Where streams are handed in; the socket is made. Without it, none are.
+    pub streams: Option<PathBuf>,
     /// For containers' writable layers; made if it is missing.
     pub data: PathBuf,
 }
@@ -68,7 +72,8 @@ async fn serve(
 ) -> io::Result<std::sync::Arc<Agent>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let agent = Agent::new(paths, fork_server.attach()?, true)?;
+    let egress = Egress::start(Incoming::unix(options.streams.as_deref())?)?;
+    let agent = Agent::new(paths, fork_server.attach()?, egress, true)?;
     tokio::spawn(reap_orphans(agent.clone()));
     let listener = UnixListener::bind(&options.listen)?;
     let mut ready = UnixStream::connect(&options.ready).await?;

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use coracle_guest_agent::{as_init, as_process};
 
-const USAGE: &str = "usage: coracle-guest-agent --listen-unix PATH --ready-unix PATH --data-dir DIR";
+const USAGE: &str =
+    "usage: coracle-guest-agent --listen-unix PATH --ready-unix PATH [--streams-unix PATH] --data-dir DIR";
 
 fn main() -> ExitCode {
     start_log();
@@ -30,17 +31,18 @@ fn main() -> ExitCode {
 }
 
 fn parse(mut args: impl Iterator<Item = std::ffi::OsString>) -> Option<as_process::Options> {
-    let (mut listen, mut ready, mut data) = (None, None, None);
+    let (mut listen, mut ready, mut streams, mut data) = (None, None, None, None);
     while let Some(name) = args.next() {
         let value = PathBuf::from(args.next()?);
         match name.to_str()? {
             "--listen-unix" => listen = Some(value),
             "--ready-unix" => ready = Some(value),
+            "--streams-unix" => streams = Some(value),
             "--data-dir" => data = Some(value),
             _ => return None,
         }
     }
-    Some(as_process::Options { listen: listen?, ready: ready?, data: data? })
+    Some(as_process::Options { listen: listen?, ready: ready?, streams, data: data? })
 }
 
 /// Logs to the kernel's log as PID 1, otherwise to standard error.

@@ -287,6 +287,31 @@ pub(crate) fn loopback_up() -> io::Result<()> {
     Ok(())
 }
 
+fn set_option(socket: impl AsFd, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
+    let len = size_of::<c_int>() as libc::socklen_t;
+    // SAFETY: the value is an integer of the length that is passed, and the kernel only reads it.
+    check(unsafe {
+        libc::setsockopt(socket.as_fd().as_raw_fd(), level, name, (&raw const value).cast(), len).into()
+    })?;
+    Ok(())
+}
+
+/// Lets a socket have addresses that are not the machine's.
+pub(crate) fn set_transparent(socket: impl AsFd, v6: bool) -> io::Result<()> {
+    match v6 {
+        true => set_option(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1),
+        false => set_option(socket, libc::SOL_IP, libc::IP_TRANSPARENT, 1),
+    }
+}
+
+/// Has each datagram come with the address that it was sent to.
+pub(crate) fn tell_original_destination(socket: impl AsFd, v6: bool) -> io::Result<()> {
+    match v6 {
+        true => set_option(socket, libc::SOL_IPV6, libc::IPV6_RECVORIGDSTADDR, 1),
+        false => set_option(socket, libc::SOL_IP, libc::IP_RECVORIGDSTADDR, 1),
+    }
+}
+
 const BLKPG: u64 = 0x1269;
 const BLKPG_ADD_PARTITION: c_int = 1;
 const BLKPG_DEL_PARTITION: c_int = 2;

@@ -85,6 +85,8 @@ pub(crate) enum Command {
     Ps(PsArgs),
     /// Show the output of a container, or the log of the guest's kernel
     Logs(LogsArgs),
+    /// Show the connections to the outside that containers asked for
+    Egress(EgressArgs),
     /// Run a further command in a running container
     Exec(ExecArgs),
     /// Connect to the streams of a running container
@@ -153,6 +155,18 @@ pub(crate) struct DownArgs {
     /// Seconds to wait for containers before they are killed, instead of each one's own time
     #[arg(short = 't', long)]
     pub(crate) timeout: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EgressArgs {
+    /// Only those of this container, which must exist
+    pub(crate) container: Option<String>,
+    /// Only those that were not let out
+    #[arg(long)]
+    pub(crate) denied: bool,
+    /// Print a JSON object for each
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -15,6 +15,7 @@ use coracle_agent_api::{
     self as api, AgentState, ContainerSpec, DiffId, Endpoint, ExecSpec, NetworkId, OUTPUT_PROTOCOL,
     ProcessId, Processes, Resources, Retain, STDIN_PROTOCOL, Signal, Started, Stats, TerminalSize, VolumeId,
     VolumeUsage,
+    egress::EGRESS_PROTOCOL,
     files::{FILES_PROTOCOL, FilesRequest},
 };
 use http::{Method, Request, Response, StatusCode, header};
@@ -199,6 +200,11 @@ impl Agent {
         let (stream, buffered) =
             self.upgrade_with(Method::POST, &path, encode(request), FILES_PROTOCOL, FILES_TIME).await?;
         Ok(files::split(stream, buffered))
+    }
+
+    /// The connection over which the agent asks for what is outside, and what came over it already.
+    pub(crate) async fn egress(&self) -> Result<(UnixStream, Bytes), AgentError> {
+        self.upgrade("/v1/egress", EGRESS_PROTOCOL).await
     }
 
     /// A way to a process's standard input.

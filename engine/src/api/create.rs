@@ -18,6 +18,7 @@ use crate::{
         record::Record,
     },
     core::Core,
+    egress::policy::Policy,
     error::{Error, Result, chain},
     http::{Request, Response, body},
     sandbox::SandboxId,
@@ -32,6 +33,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
     let image = find_image(&request, &config).await?;
     let platform = check_platform(&request, &image)?;
     config.merge_image(&image.config.config)?;
+    Policy::of(config.labels.iter())?;
     if !config.working_dir.is_empty() && !config.working_dir.starts_with('/') {
         return Err(Error::invalid(format!(
             "the image's working directory '{}' is not an absolute path",

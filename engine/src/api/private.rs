@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `GET /coracle/status` | `{"version","pid","started","containers":{"total","running"},"images","sandboxes":[{"id","state","reason","adopted","agent_version","kernel_release","boot":[{"name","micros"}],"guest_boot":[{"name","guest_micros"}],"layers"}]}`; what is not known is `null` |
 //! | `GET /coracle/timings/{container}` | where the time of the newest start went: `{"id","name","unix_nanos","phases":[{"name","micros"}],"agent":[{"name","micros"}]}`; phases are counted from the moment `unix_nanos` at which the create request was read, the agent's from its own reading of the start request; also after the container was removed |
+//! | `GET /coracle/egress?container=NAME` | the newest connections that containers asked for, oldest first: `[{"Time","Container","Name","Protocol","Destination","Host","Allowed","Reason"}]` |
 //! | `POST /coracle/down?t=SECONDS` | 204 when all containers are stopped (each with its own stop timeout, or the one given) and all sandboxes are shut down; the daemon then ends |
 //! | `GET /coracle/containers/{id}/layer` | what the container changed in its image's files: a tar stream with OCI whiteouts |
 //! | `GET /coracle/vm/kmsg?sandbox=NAME&follow=0` | the guest kernel's log as text, from its beginning; without `follow=0` also on as it grows |
@@ -66,6 +67,12 @@ pub(crate) fn timings(request: &Request, container: &str) -> Result<Response> {
     let report = report
         .ok_or_else(|| Error::not_found(format!("no start of a container {container} is remembered")))?;
     Ok(body::ok(&report))
+}
+
+pub(crate) fn egress(request: &Request) -> Result<Response> {
+    let container =
+        request.query.get("container").map(|name| request.core.containers.find(name)).transpose()?;
+    Ok(body::ok(&request.core.audit.lines(container.as_ref().map(|container| container.id().as_str()))))
 }
 
 pub(crate) async fn down(request: &Request) -> Result<Response> {

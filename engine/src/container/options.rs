@@ -323,7 +323,7 @@ fn split_host(text: &str) -> Result<(&str, Option<IpAddr>)> {
     let (name, address) = text.split_once([':', '=']).ok_or_else(|| bad("expected NAME:ADDRESS"))?;
     let legal = !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic() && b != b'#');
     if address == "host-gateway" {
-        return Err(refused::missing("--add-host NAME:host-gateway", "HostConfig.ExtraHosts"));
+        return if legal { Ok((name, None)) } else { Err(bad("invalid name")) };
     }
     let bare = address.trim_start_matches('[').trim_end_matches(']');
     let address: IpAddr = bare.parse().map_err(|_| bad("invalid IP address"))?;

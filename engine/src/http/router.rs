@@ -106,6 +106,7 @@ pub(super) async fn route(request: Request) -> Result<Response> {
 
         ("GET", ["coracle", "status"]) => private::status(&request).await,
         ("GET", ["coracle", "timings", container]) => private::timings(&request, container),
+        ("GET", ["coracle", "egress"]) => private::egress(&request),
         ("GET", ["coracle", "containers", id, "layer"]) => archive::layer(&request, id).await,
         ("GET", ["coracle", "vm", "kmsg"]) => private::kmsg(&request).await,
         ("POST", ["coracle", "down"]) => private::down(&request).await,

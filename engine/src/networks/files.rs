@@ -2,6 +2,8 @@
 
 use std::{fmt::Write, net::IpAddr};
 
+use coracle_agent_api::egress::{HOST_V4, HOST_V6};
+
 use super::links::Link;
 use crate::{
     container::{config::HostConfig, options, record::Record},
@@ -15,7 +17,7 @@ pub(crate) fn hosts(record: &Record, links: &[Link]) -> Result<String> {
     let (config, host) = (&record.config, &record.host_config);
     let mut hosts = String::from(LOCAL);
     for extra in &host.extra_hosts {
-        hosts.push_str(&options::hosts_line(extra, &[])?);
+        hosts.push_str(&options::hosts_line(extra, &[HOST_V4.into(), HOST_V6.into()])?);
     }
     for Link { address, names, .. } in links {
         // Writing to a string does not fail.

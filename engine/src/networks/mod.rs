@@ -118,6 +118,14 @@ impl Networks {
         all
     }
 
+    /// The container that has an address now.
+    pub(crate) fn owner(&self, address: IpAddr) -> Option<ContainerId> {
+        let state = self.read();
+        let has = |lease: &Lease| lease.addresses.iter().any(|own| own.addr() == address);
+        let mut all = state.members.values().flatten();
+        all.find(|(_, lease)| has(lease)).map(|(id, _)| id.clone())
+    }
+
     /// The containers that run on a network.
     pub(crate) fn members(&self, network: &NetworkId) -> BTreeMap<ContainerId, Lease> {
         self.read().members.get(network).cloned().unwrap_or_default()

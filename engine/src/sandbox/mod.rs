@@ -7,7 +7,7 @@
 #[cfg(feature = "process-sandbox")]
 pub mod process;
 
-use std::{fmt, path::Path, str::FromStr, sync::Arc};
+use std::{fmt, os::fd::OwnedFd, path::Path, str::FromStr, sync::Arc};
 
 use async_trait::async_trait;
 use coracle_agent_api::{DiffId, Hello, LayerSource};
@@ -185,6 +185,11 @@ pub trait Sandbox: Send + Sync + 'static {
 
     /// A new connection to the agent's API.
     async fn connect(&self) -> Result<UnixStream, SandboxError>;
+
+    /// Hands a connected stream to the guest, where it appears as a connection to `port` from the host's port `from` (vsock;
+    /// see `coracle_vmm::control::VsockConnect`). Whatever carries the sandbox moves the bytes from then on: the daemon may
+    /// end. A guest that does not take it closes it.
+    async fn pass_stream(&self, port: u32, from: u32, stream: OwnedFd) -> Result<(), SandboxError>;
 
     /// Makes the EROFS image at `path`, of `len` bytes (a multiple of 4096), readable in the sandbox, and says where. A
     /// layer that is attached already gives the same answer again. What was attached is gone after a restart of the sandbox,

@@ -19,7 +19,8 @@ use async_trait::async_trait;
 use coracle_agent_api::{DiffId, Hello, LayerSource};
 use rustix::{
     event::{PollFd, PollFlags, poll},
-    fd::OwnedFd,
+    fd::{AsFd, OwnedFd},
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 use tokio::{
@@ -112,7 +113,7 @@ impl Shared {
     async fn boot(self: &Arc<Self>) -> io::Result<Arc<Running>> {
         let begun = Instant::now();
         std::fs::create_dir_all(&self.folder)?;
-        for name in ["ready.sock", "agent.sock"] {
+        for name in ["ready.sock", "agent.sock", "streams.sock"] {
             let _ = std::fs::remove_file(self.path(name));
         }
         let ready = UnixListener::bind(self.path("ready.sock"))?;
@@ -120,6 +121,7 @@ impl Shared {
         let mut command = Command::new(&self.program);
         command.arg("--listen-unix").arg(self.path("agent.sock"));
         command.arg("--ready-unix").arg(self.path("ready.sock"));
+        command.arg("--streams-unix").arg(self.path("streams.sock"));
         command.arg("--data-dir").arg(self.path("data"));
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         let mut child = command.spawn()?;
@@ -228,6 +230,21 @@ async fn hello(ready: &UnixListener) -> io::Result<(Hello, UnixStream)> {
     Ok((hello, stream))
 }
 
+/// Sends a descriptor to the agent, which uses it itself.
+async fn pass(agent: &Path, port: u32, from: u32, stream: &OwnedFd) -> io::Result<()> {
+    let connection = UnixStream::connect(agent).await?;
+    let message = [port.to_be_bytes(), from.to_be_bytes()].concat();
+    let send = || {
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [stream.as_fd()];
+        ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        Ok(sendmsg(&connection, &[io::IoSlice::new(&message)], &mut ancillary, flags)?)
+    };
+    connection.async_io(tokio::io::Interest::WRITABLE, send).await.map(drop)
+}
+
 #[async_trait]
 impl Sandbox for ProcessSandbox {
     fn id(&self) -> &SandboxId {
@@ -258,6 +275,14 @@ impl Sandbox for ProcessSandbox {
         }
         let connected = UnixStream::connect(self.shared.path("agent.sock")).await;
         connected.map_err(|error| SandboxError::Io { id: self.shared.id.clone(), source: Arc::new(error) })
+    }
+
+    async fn pass_stream(&self, port: u32, from: u32, stream: OwnedFd) -> Result<(), SandboxError> {
+        if self.shared.current().is_none() {
+            return Err(SandboxError::NotRunning { id: self.shared.id.clone() });
+        }
+        let passed = pass(&self.shared.path("streams.sock"), port, from, &stream).await;
+        passed.map_err(|error| SandboxError::Io { id: self.shared.id.clone(), source: Arc::new(error) })
     }
 
     async fn attach_layer(

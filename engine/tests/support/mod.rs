@@ -14,7 +14,7 @@ use std::{
 };
 
 use coracle_engine::{
-    Engine, EngineConfig, RegistrySource, ServeEnd,
+    Engine, EngineConfig, HostFiles, RegistrySource, ServeEnd,
     sandbox::{Sandbox, SandboxId, process::ProcessSandbox},
 };
 use coracle_image_store::{
@@ -49,6 +49,8 @@ pub(crate) struct Machine {
     small_disk: bool,
     /// How its engines speak to registries; nothing leaves this machine.
     pub(crate) registries: Mutex<RegistrySettings>,
+    /// How its engines resolve names; none is asked of anybody outside.
+    pub(crate) host_files: Mutex<HostFiles>,
 }
 
 /// A running engine.
@@ -61,7 +63,12 @@ pub(crate) struct Daemon {
 impl Machine {
     pub(crate) fn new() -> Arc<Self> {
         let home = tempfile::tempdir().unwrap();
-        Arc::new(Self { home, small_disk: false, registries: Mutex::new(no_way_out()) })
+        Arc::new(Self {
+            home,
+            small_disk: false,
+            registries: Mutex::new(no_way_out()),
+            host_files: Mutex::new(no_names()),
+        })
     }
 
     /// With a disk of its own of this many MiB.
@@ -71,7 +78,12 @@ impl Machine {
         let mounted =
             Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(home.path()).status();
         assert!(mounted.unwrap().success(), "these tests mount a small disk, so they must run as root");
-        Arc::new(Self { home, small_disk: true, registries: Mutex::new(no_way_out()) })
+        Arc::new(Self {
+            home,
+            small_disk: true,
+            registries: Mutex::new(no_way_out()),
+            host_files: Mutex::new(no_names()),
+        })
     }
 
     fn agent_pid(&self) -> Option<String> {
@@ -115,6 +127,7 @@ impl Daemon {
         let home = machine.home.path().to_owned();
         let agent = agent_program();
         let settings = Arc::clone(machine);
+        let host_files = settings.host_files.lock().unwrap().clone();
         let thread = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
             runtime.block_on(async move {
@@ -128,6 +141,7 @@ impl Daemon {
                     version: "0.0.0-test".to_owned(),
                     git_commit: String::new(),
                     registries: RegistrySource::new(move || Ok(settings.registries.lock().unwrap().clone())),
+                    host_files,
                 };
                 let engine = Engine::new(config, images, Arc::new(factory)).await.unwrap();
                 let socket = home.join("docker.sock");
@@ -289,6 +303,11 @@ fn no_way_out() -> RegistrySettings {
     let retries = Retries { attempts: 3, delay: Duration::from_millis(20), ..Retries::default() };
     let proxies = Proxies::Fixed { http: nowhere(), https: nowhere(), no: String::new() };
     RegistrySettings { proxies, retries, ..RegistrySettings::default() }
+}
+
+/// Files that are not there: nobody answers.
+fn no_names() -> HostFiles {
+    HostFiles { resolv_conf: "/nonexistent/resolv.conf".into(), hosts: "/nonexistent/hosts".into() }
 }
 
 /// A root file system with Debian's static busybox.

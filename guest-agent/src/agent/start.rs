@@ -91,6 +91,7 @@ impl Agent {
         since: u64,
     ) -> Result<Started> {
         check::container(&spec)?;
+        self.egress.ready().await;
         let reservation = self.processes.reserve(&id)?;
         self.containers.wait_gone(&id).await;
         self.containers.begin(&id);

@@ -4,6 +4,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use coracle_agent_api::egress::EGRESS_PROTOCOL;
 use coracle_agent_api::files::FILES_PROTOCOL;
 use coracle_agent_api::{ApiError, ErrorKind, OUTPUT_PROTOCOL, ProcessId, STDIN_PROTOCOL};
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
@@ -145,6 +146,10 @@ async fn route(
         (&Method::DELETE, ["processes", id]) => {
             agent.forget(&parse(id)?)?;
             Ok(done())
+        }
+        (&Method::GET, ["egress"]) => {
+            let egress = agent.egress();
+            upgrade(agent, request, EGRESS_PROTOCOL, |io| async move { egress.serve(io).await })
         }
         (&Method::GET, ["kmsg"]) => kmsg::read(request.uri().query() != Some("follow=0")),
         (&Method::POST, ["shutdown"]) => {

@@ -86,6 +86,11 @@ impl Message {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 
+    /// The bytes of a request that the kernel does not acknowledge.
+    pub(crate) fn unacknowledged(self) -> Vec<u8> {
+        self.finish(REQUEST, 0)
+    }
+
     fn finish(mut self, flags: u16, sequence: u32) -> Vec<u8> {
         let len = u32::try_from(self.bytes.len()).expect("no message of ours is that long");
         self.bytes[..4].copy_from_slice(&len.to_ne_bytes());
@@ -176,6 +181,11 @@ impl Socket {
         }
     }
 
+    /// For what the kernel sends without being asked.
+    pub(crate) fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     fn next(&mut self) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);
         self.sequence
@@ -217,6 +227,15 @@ impl Socket {
             }
         }
     }
+}
+
+/// The messages in some bytes: the kind of each and what follows the header.
+pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let (kind, _, body, rest) = split(bytes)?;
+        bytes = rest;
+        Some((kind, body))
+    })
 }
 
 /// The first message of some bytes: kind, sequence number, body, and what comes after it.

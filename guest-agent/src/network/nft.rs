@@ -91,6 +91,19 @@ pub(crate) enum Verdict {
     Accept = 1,
 }
 
+/// How a packet is answered that goes no further.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reject {
+    /// TCP's reset.
+    Reset,
+    /// ICMP: network unreachable.
+    NoRoute,
+    /// ICMP: host unreachable.
+    NoHost,
+    /// ICMP: administratively prohibited.
+    Prohibited,
+}
+
 /// A rule: what a packet must be like, step by step, and what is then done with it.
 #[derive(Debug, Clone)]
 pub(crate) struct Rule(Message);
@@ -114,10 +127,48 @@ impl Rule {
     /// Bytes of the packet are these.
     pub(crate) fn bytes_are(self, header: Header, offset: u32, value: &[u8]) -> Self {
         let len = u32::try_from(value.len()).expect("a register is short");
-        self.expression("payload", |data| {
-            data.with(1, be(REGISTER_1)).with(2, be(header as u32)).with(3, be(offset)).with(4, be(len))
-        })
-        .compare(value)
+        self.load_bytes(header, offset, len).compare(value)
+    }
+
+    /// Bits of a byte of the packet are these.
+    pub(crate) fn bits_are(self, header: Header, offset: u32, mask: u8, value: u8) -> Self {
+        self.load_bytes(header, offset, 1).mask(&[mask]).compare(&[value])
+    }
+
+    /// The kernel has neither an address nor a route for where it goes.
+    pub(crate) fn goes_nowhere(self) -> Self {
+        const OUT_INTERFACE: u32 = 1;
+        const KIND: u32 = 3;
+        let kinds = [libc::RTN_LOCAL, libc::RTN_BROADCAST, libc::RTN_MULTICAST].map(u32::from);
+        let rule = self.load_route(KIND);
+        let rule = kinds.iter().fold(rule, |rule, kind| rule.differs(&kind.to_ne_bytes()));
+        rule.load_route(OUT_INTERFACE).compare(&0_u32.to_ne_bytes())
+    }
+
+    /// Leads the packet to a socket of this machine, without changing it.
+    pub(crate) fn lead_to(self, address: IpAddr, port: u16) -> Self {
+        let (family, octets) = match address {
+            IpAddr::V4(address) => (libc::AF_INET as u32, address.octets().to_vec()),
+            IpAddr::V6(address) => (libc::AF_INET6 as u32, address.octets().to_vec()),
+        };
+        self.immediate(REGISTER_1, &octets)
+            .immediate(REGISTER_2, &port.to_be_bytes())
+            .expression("tproxy", |data| {
+                data.with(1, be(family)).with(2, be(REGISTER_1)).with(3, be(REGISTER_2))
+            })
+    }
+
+    /// Answers the packet in the stead of the other side.
+    pub(crate) fn reject(self, with: Reject) -> Self {
+        const RESET: u32 = 1;
+        const UNREACHABLE: u32 = 2;
+        let (kind, code) = match with {
+            Reject::Reset => (RESET, 0),
+            Reject::NoRoute => (UNREACHABLE, 0),
+            Reject::NoHost => (UNREACHABLE, 2),
+            Reject::Prohibited => (UNREACHABLE, 3),
+        };
+        self.expression("reject", |data| data.with(1, be(kind)).with(2, [code]))
     }
 
     /// There is a socket for it that may have others' addresses.
@@ -166,14 +217,36 @@ impl Rule {
         }))
     }
 
+    fn load_bytes(self, header: Header, offset: u32, len: u32) -> Self {
+        self.expression("payload", |data| {
+            data.with(1, be(REGISTER_1)).with(2, be(header as u32)).with(3, be(offset)).with(4, be(len))
+        })
+    }
+
+    fn load_route(self, result: u32) -> Self {
+        const OF_DESTINATION: u32 = 2;
+        self.expression("fib", |data| {
+            data.with(1, be(REGISTER_1)).with(2, be(result)).with(3, be(OF_DESTINATION))
+        })
+    }
+
     fn load_meta(self, meta: Meta) -> Self {
         self.expression("meta", |data| data.with(1, be(REGISTER_1)).with(2, be(meta as u32)))
     }
 
     fn compare(self, value: &[u8]) -> Self {
         const EQUAL: u32 = 0;
+        self.compare_with(EQUAL, value)
+    }
+
+    fn differs(self, value: &[u8]) -> Self {
+        const DIFFERENT: u32 = 1;
+        self.compare_with(DIFFERENT, value)
+    }
+
+    fn compare_with(self, operator: u32, value: &[u8]) -> Self {
         self.expression("cmp", |data| {
-            data.with(1, be(REGISTER_1)).with(2, be(EQUAL)).nest(3, |data| data.with(DATA_VALUE, value))
+            data.with(1, be(REGISTER_1)).with(2, be(operator)).nest(3, |data| data.with(DATA_VALUE, value))
         })
     }
 

@@ -1,6 +1,7 @@
 //! What the words of the command line do. Each is a client of the daemon's API; none knows anything that the API does not say.
 
 pub(crate) mod bundle;
+mod egress;
 mod exec;
 mod filters;
 mod history;
@@ -54,6 +55,7 @@ pub(crate) async fn run(command: Command, home: Home, started: u64) -> Outcome {
         Command::Create(args) => run::create_only(&home, &args).await,
         Command::Start(args) => run::start(&home, &args).await,
         Command::Attach(args) => run::attach(&home, &args).await,
+        Command::Egress(args) => egress::run(&home, &args).await,
         Command::Exec(args) => exec::run(&home, &args).await,
         Command::Ps(args) => ps::run(&home, &args).await,
         Command::Logs(args) => logs::run(&home, &args).await,

@@ -8,7 +8,7 @@ pub(crate) mod log;
 use std::{fs, io, os::unix::fs::PermissionsExt, sync::Arc};
 
 use anyhow::{Context, Result, bail};
-use coracle_engine::{Engine, EngineConfig, ServeEnd, sandbox::SandboxFactory};
+use coracle_engine::{Engine, EngineConfig, HostFiles, ServeEnd, sandbox::SandboxFactory};
 use coracle_image_store::ImageStore;
 use rustix::process::{Resource, Rlimit};
 use tokio::{
@@ -110,6 +110,7 @@ async fn prepare(home: &Home) -> Result<(Engine, UnixListener)> {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         git_commit: option_env!("CORACLE_GIT_COMMIT").unwrap_or_default().to_owned(),
         registries: registries::source(home),
+        host_files: HostFiles::default(),
     };
     let engine =
         Engine::new(config, Arc::new(images), sandboxes(home)?).await.context("cannot start the engine")?;

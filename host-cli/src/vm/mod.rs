@@ -16,7 +16,7 @@ mod tests;
 
 use std::{
     fs::File,
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -299,6 +299,16 @@ impl Sandbox for Vm {
         let current = self.0.running()?;
         let failed = |source| SandboxError::Io { id: self.0.id.clone(), source: Arc::new(source) };
         current.machine.connect().await.map_err(failed)
+    }
+
+    async fn pass_stream(&self, port: u32, from: u32, stream: OwnedFd) -> Result<(), SandboxError> {
+        let current = self.0.running()?;
+        let passed =
+            current.machine.call(move |client| client.vsock_connect_from(from, port, stream.as_fd())).await;
+        passed.map_err(|error| SandboxError::Io {
+            id: self.0.id.clone(),
+            source: Arc::new(std::io::Error::other(describe(&error))),
+        })
     }
 
     async fn attach_layer(

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coracle_agent_api::ProcessId;
+use coracle_agent_api::egress::Transport;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
@@ -44,31 +45,13 @@ const PATIENCE: Duration = Duration::from_secs(4);
 /// Servers that are asked at most.
 const MAX_SERVERS: usize = 3;
 
-/// How a question came, and is asked on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Transport {
-    /// In a datagram.
-    Udp,
-    /// Over a connection, where answers have any length.
-    Tcp,
-}
-
 /// An answer that comes later; none if there is no one who could give it.
 pub(crate) type Answer<'a> = Pin<Box<dyn Future<Output = Option<Vec<u8>>> + Send + 'a>>;
 
 /// Whoever knows what the containers' names are not.
 pub(crate) trait Upstream: Send + Sync {
-    /// Asks: both are whole messages, and the answer has the question's id.
-    fn ask(&self, transport: Transport, question: Vec<u8>) -> Answer<'_>;
-}
-
-/// There is no one to ask.
-pub(crate) struct NoUpstream;
-
-impl Upstream for NoUpstream {
-    fn ask(&self, _: Transport, _: Vec<u8>) -> Answer<'_> {
-        Box::pin(std::future::ready(None))
-    }
+    /// Asks for a container: both are whole messages, and the answer has the question's id.
+    fn ask<'a>(&'a self, container: &'a ProcessId, transport: Transport, question: Vec<u8>) -> Answer<'a>;
 }
 
 /// What one container's server answers from.
@@ -244,7 +227,7 @@ impl Resolver {
 
     async fn ask_others(&self, transport: Transport, request: Vec<u8>) -> Option<Vec<u8>> {
         if self.servers.is_empty() {
-            return self.upstream.ask(transport, request).await;
+            return self.upstream.ask(&self.container, transport, request).await;
         }
         let mut last = None;
         for server in self.servers.iter().take(MAX_SERVERS) {

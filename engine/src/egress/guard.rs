@@ -1,0 +1,118 @@
+//! Decides whether a container may have what the agent asks for in its name, and notes it. The agent says which address a packet
+//! came from; whose address that is, and what that container may do, the daemon knows by itself.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Instant,
+};
+
+use coracle_agent_api::{
+    ProcessId,
+    egress::{Failure, Flow},
+};
+
+use super::{
+    audit::Line,
+    names,
+    policy::{Learnt, Policy},
+    reach,
+};
+use crate::{
+    container::{Container, record::ContainerId},
+    core::Core,
+};
+
+const NOT_ALLOWED: &str = "its label coracle.egress does not allow it";
+const UNREACHABLE: &str = "this address is not reached through the host";
+const NOBODY: &str = "no container has the address that it came from";
+
+/// See the module.
+#[derive(Clone)]
+pub(super) struct Guard {
+    core: Weak<Core>,
+    learnt: Arc<Mutex<HashMap<ContainerId, Learnt>>>,
+}
+
+impl Guard {
+    pub(super) fn new(core: Weak<Core>) -> Self {
+        Self { core, learnt: Arc::default() }
+    }
+
+    fn learnt(&self) -> MutexGuard<'_, HashMap<ContainerId, Learnt>> {
+        self.learnt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a flow may begin.
+    pub(super) fn admit(&self, protocol: &'static str, flow: &Flow) -> Result<(), Failure> {
+        let core = self.core.upgrade().ok_or(Failure::Exhausted)?;
+        let owner = owner(&core, flow.source.ip());
+        let (line, admitted) = match &owner {
+            None => (Line::new(protocol, Some(flow.destination), None, Some(NOBODY)), false),
+            Some(container) => self.judge(container, protocol, flow),
+        };
+        note(&core, owner.as_deref(), line);
+        if admitted { Ok(()) } else { Err(Failure::Prohibited) }
+    }
+
+    fn judge(&self, container: &Container, protocol: &'static str, flow: &Flow) -> (Line, bool) {
+        let all = self.learnt();
+        let none = Learnt::default();
+        let learnt = all.get(container.id()).unwrap_or(&none);
+        let (allowed, name) = learnt.allows(&policy(container), flow.destination.ip(), Instant::now());
+        let refused = match (allowed, reach::reachable(flow.destination)) {
+            (false, _) => Some(NOT_ALLOWED),
+            (true, Err(_)) => Some(UNREACHABLE),
+            (true, Ok(_)) => None,
+        };
+        (Line::new(protocol, Some(flow.destination), name, refused), refused.is_none())
+    }
+
+    /// Whether a container may ask for the name in a question. What is allowed to everybody is not noted: it is no connection.
+    pub(super) fn admit_question(&self, asker: &ProcessId, question: &[u8]) -> Result<(), Failure> {
+        let core = self.core.upgrade().ok_or(Failure::Exhausted)?;
+        let container = core.containers.find(asker.as_str()).map_err(|_| Failure::Prohibited)?;
+        let policy = policy(&container);
+        if policy == Policy::All {
+            return Ok(());
+        }
+        let name = names::asked(question).unwrap_or_default();
+        let refused = (!policy.allows_name(&name)).then_some(NOT_ALLOWED);
+        note(&core, Some(&container), Line::new("dns", None, Some(&name), refused));
+        if refused.is_none() { Ok(()) } else { Err(Failure::Prohibited) }
+    }
+
+    /// Remembers what a container was told.
+    pub(super) fn answered(&self, asker: &ProcessId, question: &[u8], answer: &[u8]) {
+        let Some(core) = self.core.upgrade() else { return };
+        let Ok(container) = core.containers.find(asker.as_str()) else { return };
+        let Some(name) = names::asked(question) else { return };
+        if !matches!(policy(&container), Policy::List(_)) {
+            return;
+        }
+        let mut learnt = self.learnt();
+        learnt.retain(|id, _| core.containers.find(id.as_str()).is_ok());
+        let own = learnt.entry(container.id().clone()).or_default();
+        own.learn(&name, &names::addresses_in(answer), Instant::now());
+    }
+}
+
+/// The container that has an address now.
+fn owner(core: &Core, ip: IpAddr) -> Option<Arc<Container>> {
+    let id = core.networks.owner(ip)?;
+    core.containers.find(id.as_str()).ok()
+}
+
+/// Labels were checked when the container was made; one that cannot be read any more allows nothing.
+fn policy(container: &Container) -> Policy {
+    Policy::of(container.record().config.labels.iter()).unwrap_or(Policy::None)
+}
+
+fn note(core: &Core, container: Option<&Container>, mut line: Line) {
+    if let Some(container) = container {
+        line.container = container.id().as_str().to_owned();
+        line.name = container.record().name.clone();
+    }
+    core.audit.note(line);
+}

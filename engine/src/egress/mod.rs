@@ -1,0 +1,289 @@
+//! The way out of a sandbox: does what its agent asks for (see [`coracle_agent_api::egress`]) with the host's own sockets, as the
+//! person who runs the daemon. Nothing on the host needs root.
+//!
+//! The agent, and what speaks for it, is hostile. It chooses addresses within what [`reach`] allows, nothing else; what it has
+//! under way is bounded, and a message that is none ends the connection, which is then made anew after a while. A connected TCP
+//! socket is handed to the sandbox and does not concern the daemon any more: it outlives the daemon.
+
+pub(crate) mod audit;
+mod datagrams;
+mod guard;
+mod names;
+pub(crate) mod policy;
+mod reach;
+
+use std::{
+    io,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use coracle_agent_api::egress::{Failure, Flow, HEADER_LEN, Header, Reply, Request, STREAM_PORT};
+use rustix::net::sockopt;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    net::TcpSocket,
+    sync::{Semaphore, mpsc},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{datagrams::Flows, guard::Guard};
+use crate::{
+    agent::Agent,
+    core::Core,
+    error::chain,
+    sandbox::{Sandbox, SandboxState},
+};
+
+pub use names::HostFiles;
+
+/// What one sandbox has under way at most.
+const MOST_DIALS: usize = 1024;
+const MOST_QUESTIONS: usize = 512;
+const MOST_ECHOES: usize = 256;
+/// Frames that wait for being sent to the agent.
+const REPLIES: usize = 1024;
+/// A connection to an agent that broke is made again after this long, and longer each time.
+const FIRST_WAIT: Duration = Duration::from_millis(250);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// A peer that has vanished is noticed after about three minutes, as a container cannot ask for it to be looked after.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(120);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// A sandbox's way out.
+pub(crate) struct WayOut {
+    sandbox: Arc<dyn Sandbox>,
+    agent: Agent,
+    files: HostFiles,
+    guard: Guard,
+}
+
+impl WayOut {
+    pub(crate) fn new(sandbox: Arc<dyn Sandbox>, agent: Agent, files: HostFiles, core: Weak<Core>) -> Self {
+        Self { sandbox, agent, files, guard: Guard::new(core) }
+    }
+
+    /// Serves the sandbox whenever it runs, in the background, until the daemon closes.
+    pub(crate) fn spawn(self, tasks: &TaskTracker, closing: CancellationToken) {
+        tasks.spawn(async move {
+            tokio::select! {
+                () = self.serve() => {}
+                () = closing.cancelled() => {}
+            }
+        });
+    }
+
+    async fn serve(&self) {
+        let mut state = self.sandbox.state();
+        let mut wait = FIRST_WAIT;
+        loop {
+            let instance = match state.wait_for(|state| state.running().is_some()).await {
+                Ok(state) => instance(&state),
+                // The sandbox's object is gone.
+                Err(_) => return,
+            };
+            let served = tokio::select! {
+                served = self.serve_once() => served,
+                // Another life of the sandbox, or none.
+                _ = state.wait_for(|state| self::instance(state) != instance) => {
+                    wait = FIRST_WAIT;
+                    continue;
+                }
+            };
+            let changed = state.wait_for(|state| self::instance(state) != instance);
+            if tokio::time::timeout(wait, changed).await.is_ok() {
+                wait = FIRST_WAIT;
+            } else {
+                // It was not the end of the sandbox.
+                tracing::warn!(sandbox = %self.sandbox.id(), error = served, "the way out was interrupted");
+                wait = (wait * 2).min(LONGEST_WAIT);
+            }
+        }
+    }
+
+    /// Serves one connection to its end; the reason.
+    async fn serve_once(&self) -> String {
+        let (stream, early) = match self.agent.egress().await {
+            Ok(connection) => connection,
+            Err(error) => return chain(&error),
+        };
+        let (reader, mut writer) = stream.into_split();
+        let (sender, mut frames) = mpsc::channel::<Vec<u8>>(REPLIES);
+        let mut session = Session::new(self, sender);
+        let write = async {
+            while let Some(frame) = frames.recv().await {
+                writer.write_all(&frame).await?;
+            }
+            Ok(())
+        };
+        let ended: io::Result<()> = tokio::select! {
+            ended = write => ended,
+            ended = session.read(early.chain(reader)) => ended,
+        };
+        ended.err().map_or_else(|| "the agent has ended it".to_owned(), |error| error.to_string())
+    }
+}
+
+/// Which life of a sandbox this is.
+fn instance(state: &SandboxState) -> Option<u64> {
+    state.running().map(|running| running.instance)
+}
+
+/// The way back to the agent.
+#[derive(Clone)]
+struct Replies {
+    frames: mpsc::Sender<Vec<u8>>,
+    tasks: TaskTracker,
+    ended: CancellationToken,
+}
+
+impl Replies {
+    async fn send(&self, id: u32, reply: &Reply) {
+        // An error means that there is nobody any more to be told.
+        let _ = self.frames.send(reply.encode(id)).await;
+    }
+
+    /// Sends what may be lost: where there is no room, it is.
+    fn datagram(&self, id: u32, reply: &Reply) {
+        let _ = self.frames.try_send(reply.encode(id));
+    }
+
+    /// Runs a task that ends with the connection at the latest.
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let ended = self.ended.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = work => {}
+                () = ended.cancelled() => {}
+            }
+        });
+    }
+}
+
+/// One connection to an agent.
+struct Session {
+    sandbox: Arc<dyn Sandbox>,
+    files: HostFiles,
+    guard: Guard,
+    replies: Replies,
+    flows: Flows,
+    dials: Arc<Semaphore>,
+    questions: Arc<Semaphore>,
+    echoes: Arc<Semaphore>,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.replies.ended.cancel();
+    }
+}
+
+impl Session {
+    fn new(way: &WayOut, frames: mpsc::Sender<Vec<u8>>) -> Self {
+        let replies = Replies { frames, tasks: TaskTracker::new(), ended: CancellationToken::new() };
+        Self {
+            sandbox: Arc::clone(&way.sandbox),
+            files: way.files.clone(),
+            guard: way.guard.clone(),
+            replies,
+            flows: Flows::default(),
+            dials: Arc::new(Semaphore::new(MOST_DIALS)),
+            questions: Arc::new(Semaphore::new(MOST_QUESTIONS)),
+            echoes: Arc::new(Semaphore::new(MOST_ECHOES)),
+        }
+    }
+
+    async fn read(&mut self, mut reader: impl AsyncRead + Unpin) -> io::Result<()> {
+        let mut payload = Vec::new();
+        loop {
+            let mut header = [0; HEADER_LEN];
+            reader.read_exact(&mut header).await?;
+            let header = Header::decode(&header).map_err(io::Error::other)?;
+            payload.resize(header.len, 0);
+            reader.read_exact(&mut payload).await?;
+            let request = Request::decode(header.kind, &payload).map_err(io::Error::other)?;
+            self.perform(header.id, request);
+        }
+    }
+
+    fn perform(&self, id: u32, request: Request) {
+        let room = match &request {
+            Request::Connect(_) => &self.dials,
+            Request::Question(..) => &self.questions,
+            Request::Echo(..) => &self.echoes,
+            Request::Datagram(flow, data) => {
+                let admit = |flow: &Flow| self.guard.admit("udp", flow);
+                return self.flows.send(id, *flow, data, &self.replies, admit);
+            }
+        };
+        let room = Arc::clone(room).try_acquire_owned();
+        let (sandbox, replies) = (Arc::clone(&self.sandbox), self.replies.clone());
+        let (files, guard) = (self.files.clone(), self.guard.clone());
+        self.replies.spawn(async move {
+            let reply = match (room, request) {
+                (Err(_), _) => Some(Reply::Failed(Failure::Exhausted)),
+                (Ok(_room), request) => perform(sandbox.as_ref(), &files, &guard, id, request).await,
+            };
+            if let Some(reply) = reply {
+                replies.send(id, &reply).await;
+            }
+        });
+    }
+}
+
+async fn perform(
+    sandbox: &dyn Sandbox,
+    files: &HostFiles,
+    guard: &Guard,
+    id: u32,
+    request: Request,
+) -> Option<Reply> {
+    let done = match request {
+        Request::Connect(flow) => {
+            let connected = async {
+                guard.admit("tcp", &flow)?;
+                connect(sandbox, id, flow).await
+            };
+            // What tells the agent that it is connected is the stream.
+            return connected.await.err().map(Reply::Failed);
+        }
+        Request::Echo(flow, data) => match guard.admit("icmp", &flow) {
+            Ok(()) => datagrams::echo(flow, &data).await.map(Reply::Echo),
+            Err(failure) => Err(failure),
+        },
+        Request::Question(asker, transport, question) => match guard.admit_question(&asker, &question) {
+            Ok(()) => {
+                let answer = names::resolve(files, transport, &question).await;
+                if let Some(answer) = &answer {
+                    guard.answered(&asker, &question, answer);
+                }
+                answer.map(Reply::Answer).ok_or(Failure::TimedOut)
+            }
+            Err(failure) => Err(failure),
+        },
+        Request::Datagram(..) => return None,
+    };
+    Some(done.unwrap_or_else(Reply::Failed))
+}
+
+/// Connects, and hands the connected socket to the sandbox.
+async fn connect(sandbox: &dyn Sandbox, id: u32, flow: Flow) -> Result<(), Failure> {
+    let to = reach::reachable(flow.destination)?;
+    let dial = async {
+        let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        let stream = socket.connect(to).await?;
+        // What a container sends was delayed by its own kernel, if it wanted that.
+        stream.set_nodelay(true)?;
+        sockopt::set_socket_keepalive(&stream, true)?;
+        sockopt::set_tcp_keepidle(&stream, KEEPALIVE_IDLE)?;
+        sockopt::set_tcp_keepintvl(&stream, KEEPALIVE_INTERVAL)?;
+        sockopt::set_tcp_keepcnt(&stream, KEEPALIVE_PROBES)?;
+        stream.into_std()
+    };
+    let stream = dial.await.map_err(|error| reach::failure(&error))?;
+    sandbox.pass_stream(STREAM_PORT, id, stream.into()).await.map_err(|error| {
+        tracing::warn!(sandbox = %sandbox.id(), error = chain(&error), "a connection cannot be handed over");
+        Failure::Exhausted
+    })
+}
