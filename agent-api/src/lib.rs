@@ -31,6 +31,7 @@
 //! | `POST /v1/processes/{id}/resize` | [`TerminalSize`] → 204 | sets the size of the process's terminal |
 //! | `DELETE /v1/processes/{id}` | → 204 | forgets an ended process: its exit status and unread output |
 //! | `GET /v1/egress` | upgrade to [`egress::EGRESS_PROTOCOL`] | what containers ask of the world outside; see [`egress`] |
+//! | `GET /v1/ports` | upgrade to [`ports::PORTS_PROTOCOL`] | which published ports are listened on, and connections to them; see [`ports`] |
 //! | `GET /v1/kmsg` | → text, endless | the guest kernel's log, from its beginning, then as it grows; with `?follow=0` only what is there |
 //! | `POST /v1/shutdown` | → 204 | kills what runs, writes everything to disk, powers the guest off |
 //!
@@ -45,6 +46,7 @@ pub mod files;
 pub mod frame;
 mod id;
 mod network;
+pub mod ports;
 mod seccomp;
 mod types;
 

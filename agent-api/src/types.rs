@@ -128,6 +128,9 @@ pub struct ContainerSpec {
     /// Its interfaces.
     #[serde(default)]
     pub network: Network,
+    /// TCP ports that are published; see [`crate::ports`].
+    #[serde(default)]
+    pub published_ports: Vec<u16>,
     /// Name servers that are asked, from its own network, instead of the host's.
     #[serde(default)]
     pub name_servers: Vec<IpAddr>,

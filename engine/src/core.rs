@@ -32,6 +32,7 @@ use crate::{
     exec::Execs,
     io::{Fanout, Pump},
     networks::Networks,
+    ports::Ports,
     registries::RegistrySource,
     sandbox::{SandboxFactory, SandboxId},
     sandboxes::{Host, LayerFile, Sandboxes},
@@ -67,6 +68,7 @@ pub(crate) struct Core {
     pub(crate) containers: Registry,
     pub(crate) volumes: Volumes,
     pub(crate) networks: Networks,
+    pub(crate) ports: Ports,
     pub(crate) execs: Execs,
     pub(crate) timings: Timings,
     /// Held for reading while a container is made of an image, for writing while an image is removed.
@@ -110,6 +112,7 @@ impl Core {
             containers: Registry::default(),
             volumes: Volumes::load(facts.volumes),
             networks,
+            ports: Ports::default(),
             execs: Execs::default(),
             timings: Timings::default(),
             image_gate: RwLock::default(),

@@ -19,6 +19,7 @@ mod http;
 mod io;
 mod logs;
 mod networks;
+mod ports;
 mod registries;
 pub mod sandbox;
 mod sandboxes;

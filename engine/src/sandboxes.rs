@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    os::fd::OwnedFd,
     path::PathBuf,
     sync::{Arc, Mutex, Weak},
 };
@@ -56,6 +57,11 @@ impl Host {
 
     pub(crate) fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// See [`Sandbox::pass_stream`].
+    pub(crate) async fn pass_stream(&self, port: u32, from: u32, stream: OwnedFd) -> Result<()> {
+        Ok(self.sandbox.pass_stream(port, from, stream).await?)
     }
 
     pub(crate) fn state(&self) -> watch::Receiver<SandboxState> {

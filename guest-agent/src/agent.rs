@@ -6,6 +6,7 @@ mod files;
 mod start;
 
 use std::collections::HashSet;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -24,6 +25,8 @@ use crate::error::{AtStep, Result, conflict, from_io, not_found};
 use crate::fork_server::ForkServer;
 use crate::layers::Layers;
 use crate::network::Networks;
+use crate::network::forward::Forwards;
+use crate::network::listeners::Listeners;
 use crate::network::names::{Server, Upstream};
 use crate::processes::{self, Process, Registry};
 use crate::reaper::Reaper;
@@ -62,6 +65,8 @@ pub(crate) struct Agent {
     storage: Arc<Storage>,
     volumes: Arc<Volumes>,
     networks: Arc<Networks>,
+    forwards: Arc<Forwards>,
+    listeners: Arc<Listeners>,
     /// Who is asked for names that are no container's.
     upstream: Arc<dyn Upstream>,
     /// The name server of containers that have the guest's own network.
@@ -93,6 +98,9 @@ impl Agent {
         let reaper = Reaper::default();
         reaper.is_awaited(fork_server.pid());
         let cgroups = Arc::new(Cgroups::new(&paths.cgroup, &paths.cgroup_name, paths.room)?);
+        let networks = Arc::new(Networks::new()?);
+        let forwards = Forwards::new(networks.directory().clone());
+        egress.take_arrivals(forwards.clone());
         Ok(Arc::new(Self {
             fork_server,
             upstream: egress.clone(),
@@ -103,7 +111,9 @@ impl Agent {
             layers: Layers::new(paths.layers.clone()),
             storage: Arc::new(Storage::new(&paths.data)?),
             volumes: Arc::new(Volumes::new(&paths.data)?),
-            networks: Arc::new(Networks::new()?),
+            networks,
+            forwards,
+            listeners: Listeners::start(cgroups.open()?.as_fd()),
             guest_names: OnceLock::new(),
             cgroups,
             seccomp: Arc::default(),

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
 use crate::layers::LayerUse;
+use crate::network::listeners::Listeners;
 use crate::network::names::Server;
 use crate::network::namespace::Namespace;
 use crate::network::{Networks, Ports};
@@ -58,13 +59,28 @@ pub(crate) struct Interfaces {
     pub ports: Arc<Mutex<Option<Ports>>>,
     /// Its name server.
     pub names: Option<Server>,
+    /// What listens on its published ports.
+    pub published: Option<Published>,
+}
+
+/// A network namespace whose listeners are watched, until this is dropped.
+pub(crate) struct Published {
+    pub listeners: Arc<Listeners>,
+    /// See [`Namespace::cookie`].
+    pub namespace: u64,
+}
+
+impl Drop for Published {
+    fn drop(&mut self) {
+        self.listeners.forget(self.namespace);
+    }
 }
 
 impl Interfaces {
     /// None yet.
     pub(crate) fn new(networks: &Arc<Networks>, container: &ProcessId) -> Self {
         let ports = Arc::new(Mutex::new(Some(Ports::new(container.clone()))));
-        Self { networks: networks.clone(), ports, names: None }
+        Self { networks: networks.clone(), ports, names: None, published: None }
     }
 }
 

@@ -10,6 +10,7 @@ compile_error!("the agent runs on Linux only");
 mod agent;
 pub mod as_init;
 pub mod as_process;
+mod bpf;
 mod cgroup;
 mod check;
 mod child;

@@ -1,4 +1,4 @@
-//! The system calls that no safe wrapper offers. Everything unsafe of the agent is in this file; each function is safe
+//! The system calls that no safe wrapper offers. Everything unsafe of the agent is in this file and in [`crate::bpf`]; each function is safe
 //! to call as its documentation says.
 #![allow(unsafe_code)]
 

@@ -17,6 +17,7 @@ use coracle_agent_api::{
     VolumeUsage,
     egress::EGRESS_PROTOCOL,
     files::{FILES_PROTOCOL, FilesRequest},
+    ports::PORTS_PROTOCOL,
 };
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
@@ -205,6 +206,11 @@ impl Agent {
     /// The connection over which the agent asks for what is outside, and what came over it already.
     pub(crate) async fn egress(&self) -> Result<(UnixStream, Bytes), AgentError> {
         self.upgrade("/v1/egress", EGRESS_PROTOCOL).await
+    }
+
+    /// The conversation about published ports, and what came over it already.
+    pub(crate) async fn ports(&self) -> Result<(UnixStream, Bytes), AgentError> {
+        self.upgrade("/v1/ports", PORTS_PROTOCOL).await
     }
 
     /// A way to a process's standard input.

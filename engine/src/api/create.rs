@@ -49,6 +49,12 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
     warm_up(&request, &sandbox);
     let id = names::new_id();
     fill_defaults(&mut config, &mut host_config, id.short());
+    let mut warnings = warnings;
+    if host_config.network_mode == "host"
+        && (!host_config.port_bindings.is_empty() || host_config.publish_all_ports)
+    {
+        warnings.push("Published ports are discarded when using host network mode".to_owned());
+    }
     let name = core.containers.reserve(request.query.get("name"), &id)?;
     let trace = core.timings.begin(id.as_str(), &name, request.received);
     let mut record = Record::new(

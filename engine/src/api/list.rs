@@ -118,6 +118,14 @@ fn exposes(record: &Record, wanted: &str) -> bool {
     record.config.exposed_ports.keys().filter_map(|port| Ports::parse(port)).any(|port| port.meets(&wanted))
 }
 
+fn publishes(record: &Record, wanted: &str) -> bool {
+    let Some(wanted) = Ports::parse(wanted) else { return false };
+    record.ports.iter().any(|published| {
+        let port = published.host.port();
+        wanted.meets(&Ports { first: port, last: port, protocol: "tcp" })
+    })
+}
+
 /// Whether a container fits filters that need nothing but its record.
 pub(super) fn matches(record: &Record, filters: &Filters) -> bool {
     let image = record.image().to_string();
@@ -145,9 +153,9 @@ pub(super) fn matches(record: &Record, filters: &Filters) -> bool {
             })
         })
         && filters.any("expose", |wanted| exposes(record, wanted))
-        // There is no swarm whose task a container could be, and no port is published yet.
+        // There is no swarm whose task a container could be.
         && filters.any("is-task", |wanted| matches!(wanted, "0" | "false" | "False" | "f" | "F" | "FALSE"))
-        && filters.values("publish").is_empty()
+        && filters.any("publish", |wanted| publishes(record, wanted))
         && filters.labels("label", |name| record.config.labels.get(name).map(String::as_str))
 }
 
@@ -181,7 +189,7 @@ pub(crate) fn summary(core: &Core, container: &Container) -> Value {
         "ImageID": record.image().to_string(),
         "Command": command_line(record),
         "Created": record.created.seconds(),
-        "Ports": [],
+        "Ports": networks::port_list(record),
         "Labels": record.config.labels,
         "State": state.status.name(),
         "Status": status_line(record, container.health().map(|health| health.status)),

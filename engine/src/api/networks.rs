@@ -241,6 +241,43 @@ pub(super) fn of_container(core: &Core, record: &Record) -> Value {
     Value::Object(record.networks.iter().map(describe).collect::<Map<_, _>>())
 }
 
+/// Docker's map of ports: those that are published, and those that could be.
+fn ports(record: &Record) -> Value {
+    let mut ports: Map<String, Value> = Map::new();
+    if !record.state.status.is_running() {
+        return Value::Object(ports);
+    }
+    for port in record.config.exposed_ports.keys() {
+        ports.insert(port.clone(), Value::Null);
+    }
+    for published in &record.ports {
+        let host = published.host;
+        let binding = json!({ "HostIp": host.ip().to_string(), "HostPort": host.port().to_string() });
+        match ports.entry(format!("{}/tcp", published.port)).or_insert(Value::Null) {
+            Value::Array(bindings) => bindings.push(binding),
+            none => *none = json!([binding]),
+        }
+    }
+    Value::Object(ports)
+}
+
+/// The same for lists of containers.
+pub(super) fn port_list(record: &Record) -> Value {
+    if !record.state.status.is_running() {
+        return json!([]);
+    }
+    let published = record.ports.iter().map(|published| {
+        let host = published.host;
+        json!({ "IP": host.ip().to_string(), "PrivatePort": published.port, "PublicPort": host.port(), "Type": "tcp" })
+    });
+    let exposed = record.config.exposed_ports.keys().filter_map(|text| {
+        let (port, protocol) = crate::ports::wanted::split(text).ok()?;
+        let is_published = protocol == "tcp" && record.ports.iter().any(|published| published.port == port);
+        (!is_published).then(|| json!({ "PrivatePort": port, "Type": protocol }))
+    });
+    Value::Array(published.chain(exposed).collect())
+}
+
 /// A container's `NetworkSettings`. What older clients read at the top is that of the default bridge.
 pub(super) fn settings(core: &Core, record: &Record) -> Value {
     let networks = of_container(core, record);
@@ -249,7 +286,7 @@ pub(super) fn settings(core: &Core, record: &Record) -> Value {
         "Bridge": "",
         "SandboxID": if running { record.id.as_str() } else { "" },
         "SandboxKey": "",
-        "Ports": {},
+        "Ports": ports(record),
         "HairpinMode": false,
         "LinkLocalIPv6Address": "",
         "LinkLocalIPv6PrefixLen": 0,

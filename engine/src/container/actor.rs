@@ -365,6 +365,7 @@ impl Actor {
     async fn start_failed(&mut self, failure: StartFailure) -> Error {
         let StartFailure { exit_code, error } = failure;
         tracing::info!(exit_code, %error, "a container did not start");
+        self.core.unpublish_ports(&self.record.id);
         self.core.leave_networks(&self.record);
         let change = Change::StartFailed { exit_code, error: error.to_string() };
         if let Err(error) = self.apply(change, BTreeMap::new()).await {
@@ -515,6 +516,9 @@ impl Actor {
     async fn resume(&mut self, process: ProcessState) {
         let host = self.host();
         self.core.rejoin_networks(&self.record);
+        if process.exit.is_none() {
+            self.core.republish_ports(&self.record);
+        }
         let at = UnixNanos::from_u64(process.started_unix_nanos);
         if !self.record.state.status.is_running() {
             let change = Change::Started { pid: process.pid.max(1), at };

@@ -22,6 +22,7 @@ use crate::{
         endpoint::{Wanted, split_link},
         files,
     },
+    ports::wanted,
 };
 
 /// Docker's size of /dev/shm.
@@ -89,6 +90,10 @@ impl CreateRequest {
         tmpfs(host_config)?;
         mounts::check(config, host_config)?;
         files::check(host_config)?;
+        wanted::of(config, host_config)?;
+        for port in config.exposed_ports.keys() {
+            wanted::split(port)?;
+        }
         for link in &host_config.links {
             split_link(link)?;
         }

@@ -11,7 +11,7 @@ use super::{
     signal,
     state::State,
 };
-use crate::{networks::endpoint::Attached, sandbox::SandboxId, time::UnixNanos};
+use crate::{networks::endpoint::Attached, ports::Published, sandbox::SandboxId, time::UnixNanos};
 
 /// A container is called by the id of its first process.
 pub(crate) type ContainerId = ProcessId;
@@ -40,6 +40,9 @@ pub(crate) struct Record {
     /// The networks that it is on, by name.
     #[serde(default)]
     pub(crate) networks: BTreeMap<String, Attached>,
+    /// Where its ports are on the host, while it runs; where they were last, otherwise.
+    #[serde(default)]
+    pub(crate) ports: Vec<Published>,
     pub(crate) state: State,
 }
 
@@ -96,6 +99,7 @@ impl Record {
             host_config,
             volumes,
             networks: BTreeMap::new(),
+            ports: Vec::new(),
             state,
         }
     }

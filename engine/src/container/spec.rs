@@ -89,6 +89,7 @@ pub(crate) fn build(
         ipc: donors.ipc,
         pid: donors.pid,
         network: donors.network,
+        published_ports: published_ports(record),
         name_servers: networks::files::name_servers(host)?,
         host_uts: host.uts_mode == "host",
         host_cgroups: host.cgroupns_mode == "host",
@@ -116,6 +117,13 @@ fn process(record: &Record, links: &[Link]) -> Result<ProcessSpec> {
         rlimits: options::rlimits(&host.ulimits)?,
         oom_score_adj: i16::try_from(host.oom_score_adj).ok().filter(|value| *value != 0),
     })
+}
+
+fn published_ports(record: &Record) -> Vec<u16> {
+    let mut ports: Vec<u16> = record.ports.iter().map(|published| published.port).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    ports
 }
 
 /// The working directory of a container's processes.

@@ -2,7 +2,11 @@
 
 use std::sync::{Arc, PoisonError};
 
+use coracle_agent_api::ports::MAX_ARRIVAL;
 use coracle_agent_api::{Endpoint, NetworkId, ProcessId};
+use futures_util::StreamExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::{Agent, blocking};
 use crate::check;
@@ -66,5 +70,41 @@ fn with_ports<T>(container: &Container, work: impl FnOnce(&Namespace, &mut Ports
     match ports.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
         Some(ports) => work(namespace, ports),
         None => Err(conflict(format!("container {short} is not running"))),
+    }
+}
+
+impl Agent {
+    /// Serves a daemon that publishes ports: tells it what is listened on, and hears of connections.
+    pub(crate) async fn serve_ports(self: Arc<Self>, io: impl AsyncRead + AsyncWrite + Send) {
+        let (reader, mut writer) = tokio::io::split(io);
+        let mut lines = FramedRead::new(reader, LinesCodec::new_with_max_length(MAX_ARRIVAL));
+        let mut changes = self.listeners.changes();
+        let tell = async {
+            loop {
+                changes.borrow_and_update();
+                let mut line = serde_json::to_vec(&self.listeners.listening()).unwrap_or_default();
+                line.push(b'\n');
+                if writer.write_all(&line).await.is_err() || writer.flush().await.is_err() {
+                    return;
+                }
+                if changes.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        let hear = async {
+            while let Some(Ok(line)) = lines.next().await {
+                match serde_json::from_str(&line) {
+                    Ok(arrival) => self.forwards.announced(arrival),
+                    Err(error) => {
+                        return tracing::warn!("the daemon speaks of a connection in a strange way: {error}");
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = tell => {}
+            () = hear => {}
+        }
     }
 }

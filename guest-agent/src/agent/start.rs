@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::{Agent, blocking, files};
 use crate::cgroup::{Cgroup, Devices};
-use crate::containers::{Container, Holdings, Interfaces, SharedMemory};
+use crate::containers::{Container, Holdings, Interfaces, Published, SharedMemory};
 use crate::error::{AtStep, Result, conflict, invalid};
 use crate::fork_server::{NewContainer, OrderRef, Place, Report, Shm, Task, TaskFds};
 use crate::network::{names, namespace::Namespace};
@@ -141,6 +141,11 @@ impl Agent {
             names,
         } = prepared;
         holdings.ports.names = self.serve_names(id, &spec, network.as_ref(), names);
+        if let (Network::Endpoints(_), Some(network)) = (&spec.network, &network) {
+            let (listeners, namespace) = (self.listeners.clone(), network.cookie());
+            listeners.publish(namespace, id, &spec.published_ports);
+            holdings.ports.published = Some(Published { listeners, namespace });
+        }
         let process = spec.process.clone();
         let new_network = spec.network.clone();
         let all_capabilities = spec.privileged;

@@ -76,6 +76,12 @@ impl Cgroups {
         })
     }
 
+    /// The group of all containers.
+    pub(crate) fn open(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(CWD, &self.directory, flags, Mode::empty())?)
+    }
+
     /// Whether containers' use of devices can be ruled.
     pub(crate) fn rule_devices(&self) -> bool {
         self.device_program.is_some()

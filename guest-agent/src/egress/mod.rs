@@ -10,16 +10,17 @@ mod datagrams;
 mod link;
 mod packet;
 mod queue;
-mod relay;
+pub(crate) mod relay;
 mod ruleset;
 mod sockets;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use coracle_agent_api::ProcessId;
 use coracle_agent_api::egress::{Request, Transport};
+use coracle_agent_api::ports::{FIRST_ARRIVAL, LAST_ARRIVAL};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, watch};
@@ -31,9 +32,12 @@ use self::packet::Asked;
 use self::queue::Queues;
 use self::ruleset::Ports;
 use crate::incoming::Incoming;
+use crate::network::forward::Forwards;
 use crate::network::names::{Answer, Upstream};
 use crate::sys;
 
+/// Ids of connections to published ports.
+const ARRIVALS: std::ops::RangeInclusive<u32> = FIRST_ARRIVAL..=LAST_ARRIVAL;
 /// Threads that move bytes.
 const MOST_THREADS: usize = 4;
 
@@ -41,6 +45,8 @@ const MOST_THREADS: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Egress {
     link: Arc<Link>,
+    /// Who takes streams that are not answers: connections to published ports.
+    forwards: Arc<OnceLock<Arc<Forwards>>>,
     ready: watch::Receiver<bool>,
 }
 
@@ -51,19 +57,27 @@ impl Egress {
         let (opened, ready) = watch::channel(false);
         let link = Arc::<Link>::default();
         let served = link.clone();
+        let forwards: Arc<OnceLock<Arc<Forwards>>> = Arc::default();
+        let taken_by = forwards.clone();
         std::thread::Builder::new().name("egress".into()).spawn(move || {
-            if let Err(error) = run(&served, incoming, &opened) {
+            if let Err(error) = run(&served, incoming, taken_by, &opened) {
                 tracing::error!("containers cannot reach the outside: {error}");
             }
             opened.send_replace(true);
         })?;
-        Ok(Arc::new(Self { link, ready }))
+        Ok(Arc::new(Self { link, forwards, ready }))
     }
 
     /// Waits until containers' packets are led here, or never will be.
     pub(crate) async fn ready(&self) {
         // An error means that the thread has ended.
         let _ = self.ready.clone().wait_for(|ready| *ready).await;
+    }
+
+    /// Streams that are connections to published ports go there from now on.
+    pub(crate) fn take_arrivals(&self, forwards: Arc<Forwards>) {
+        // Said once, at the start.
+        let _ = self.forwards.set(forwards);
     }
 
     /// Serves a daemon that does what is asked here, until it goes or another one comes.
@@ -88,7 +102,12 @@ impl Upstream for Egress {
     }
 }
 
-fn run(link: &Arc<Link>, incoming: Incoming, opened: &watch::Sender<bool>) -> io::Result<()> {
+fn run(
+    link: &Arc<Link>,
+    incoming: Incoming,
+    forwards: Arc<OnceLock<Arc<Forwards>>>,
+    opened: &watch::Sender<bool>,
+) -> io::Result<()> {
     let (tcp_v4, tcp_v4_port) = sockets::listener(false)?;
     let (udp_v4, udp_v4_port) = sockets::datagrams(false)?;
     // A machine may have no IPv6 at all.
@@ -121,8 +140,17 @@ fn run(link: &Arc<Link>, incoming: Incoming, opened: &watch::Sender<bool>) -> io
             tasks.spawn(flows.clone().listen(sys::watch(socket)?));
         }
         let link = link.clone();
-        tasks
-            .spawn(async move { incoming.serve(|id, stream| link.stream_arrived(id, stream), &freed).await });
+        tasks.spawn(async move {
+            incoming
+                .serve(
+                    |id, stream| match forwards.get().filter(|_| ARRIVALS.contains(&id)) {
+                        Some(forwards) => forwards.stream_arrived(id, stream),
+                        None => link.stream_arrived(id, stream),
+                    },
+                    &freed,
+                )
+                .await
+        });
         tasks.spawn(hear_packets(queues, connections, flows));
         opened.send_replace(true);
         // None of them ends but by an error.

@@ -31,7 +31,7 @@ struct End {
 }
 
 /// Moves bytes until both directions have ended.
-pub(super) async fn relay(container: OwnedFd, host: OwnedFd) {
+pub(crate) async fn relay(container: OwnedFd, host: OwnedFd) {
     if let Err(error) = prepare(&container) {
         tracing::debug!("a connection's options cannot be set: {error}");
     }
@@ -55,7 +55,7 @@ fn prepare(container: &OwnedFd) -> rustix::io::Result<()> {
 }
 
 /// Has a TCP connection reset when it is closed.
-pub(super) fn abort(socket: impl AsFd) {
+pub(crate) fn abort(socket: impl AsFd) {
     let family = sockopt::socket_domain(socket.as_fd());
     if matches!(family, Ok(AddressFamily::INET | AddressFamily::INET6)) {
         // One that is over is over.

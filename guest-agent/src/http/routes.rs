@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use coracle_agent_api::egress::EGRESS_PROTOCOL;
 use coracle_agent_api::files::FILES_PROTOCOL;
+use coracle_agent_api::ports::PORTS_PROTOCOL;
 use coracle_agent_api::{ApiError, ErrorKind, OUTPUT_PROTOCOL, ProcessId, STDIN_PROTOCOL};
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -146,6 +147,10 @@ async fn route(
         (&Method::DELETE, ["processes", id]) => {
             agent.forget(&parse(id)?)?;
             Ok(done())
+        }
+        (&Method::GET, ["ports"]) => {
+            let served = agent.clone();
+            upgrade(agent, request, PORTS_PROTOCOL, |io| served.serve_ports(io))
         }
         (&Method::GET, ["egress"]) => {
             let egress = agent.egress();

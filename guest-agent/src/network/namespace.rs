@@ -10,12 +10,14 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space}
 
 use super::links;
 use super::netlink::Socket;
-use crate::sys;
+use crate::{bpf, sys};
 
 /// A network namespace; it exists for as long as this, or a process in it.
 #[derive(Debug)]
 pub(crate) struct Namespace {
     fd: OwnedFd,
+    /// By which the kernel knows it in its events.
+    cookie: u64,
 }
 
 impl Namespace {
@@ -34,7 +36,14 @@ impl Namespace {
     /// The one that the calling thread is in.
     pub(crate) fn current() -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        Ok(Self { fd: rustix::fs::open("/proc/thread-self/ns/net", flags, Mode::empty())? })
+        let fd = rustix::fs::open("/proc/thread-self/ns/net", flags, Mode::empty())?;
+        let cookie = bpf::network_cookie(std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?)?;
+        Ok(Self { fd, cookie })
+    }
+
+    /// The kernel's number for it.
+    pub(crate) fn cookie(&self) -> u64 {
+        self.cookie
     }
 
     /// Does something in it. Blocks.

@@ -11,8 +11,9 @@ use crate::{
 impl Actor {
     /// Takes the places that it is to have on its networks. They are in its record before the guest hears of them.
     pub(super) async fn join_networks(&mut self) -> Result<Network> {
-        let (network, changed) = self.core.join_networks(&mut self.record)?;
-        if changed {
+        let (network, joined) = self.core.join_networks(&mut self.record)?;
+        let published = self.core.publish_ports(&mut self.record)?;
+        if joined || published {
             self.save().await?;
         }
         Ok(network)

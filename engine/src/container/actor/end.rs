@@ -40,6 +40,7 @@ impl Actor {
             tracing::error!(%error, "cannot write down that a container ended");
         }
         self.core.tell_of_volumes("unmount", &self.record);
+        self.core.unpublish_ports(&self.record.id);
         self.core.leave_networks(&self.record);
         let host = self.host();
         host.release(&self.record.id).await;

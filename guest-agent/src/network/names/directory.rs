@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use coracle_agent_api::{Endpoint, NetworkId, ProcessId};
+use ipnet::IpNet;
 
 /// A container's place on a network.
 #[derive(Debug, Clone)]
@@ -13,7 +14,9 @@ struct Place {
     network_name: String,
     /// In lower case.
     names: Vec<String>,
-    addresses: Vec<IpAddr>,
+    addresses: Vec<IpNet>,
+    /// The container's way out leads over it.
+    leads_out: bool,
     /// Others by the names that this container calls them, in lower case.
     links: BTreeMap<String, String>,
 }
@@ -45,7 +48,8 @@ impl Directory {
             network: endpoint.bridge.network.clone(),
             network_name: endpoint.bridge.name.to_ascii_lowercase(),
             names: lower(&endpoint.names),
-            addresses: endpoint.addresses.iter().map(|net| net.addr()).collect(),
+            addresses: endpoint.addresses.clone(),
+            leads_out: !endpoint.gateways.is_empty(),
             links: endpoint.links.iter().map(lowered).collect(),
         };
         self.write().entry(container.clone()).or_default().push(place);
@@ -81,7 +85,8 @@ impl Directory {
                 let name = own.links.get(name).map_or(name, String::as_str);
                 let here = places.values().flatten().filter(|place| place.network == own.network);
                 let called = here.filter(|place| place.names.iter().any(|own| own == name));
-                let mut addresses: Vec<IpAddr> = called.flat_map(|place| place.addresses.clone()).collect();
+                let mut addresses: Vec<IpAddr> =
+                    called.flat_map(|place| &place.addresses).map(|net| net.addr()).collect();
                 if !addresses.is_empty() {
                     addresses.sort_unstable();
                     return Some(addresses);
@@ -91,12 +96,25 @@ impl Directory {
         None
     }
 
+    /// The address at which a client reaches a container, and whether the client's own is on that network: of the network that leads
+    /// out, if there is one, and of the client's family, if there is one.
+    pub(crate) fn target(&self, container: &ProcessId, client: &IpAddr) -> Option<(IpAddr, bool)> {
+        let places = self.read();
+        let own = places.get(container)?;
+        let addresses = own.iter().flat_map(|place| place.addresses.iter().map(|net| (place.leads_out, net)));
+        let rank = |(leads_out, net): &(bool, &IpNet)| (*leads_out, net.addr().is_ipv4() == client.is_ipv4());
+        let (_, best) = addresses.max_by_key(rank)?;
+        let is_near =
+            places.values().flatten().flat_map(|place| &place.addresses).any(|net| net.contains(client));
+        Some((best.addr(), is_near))
+    }
+
     /// What a container is called that another one knows by its address.
     pub(crate) fn name(&self, asker: &ProcessId, address: &IpAddr) -> Option<String> {
         let places = self.read();
         for own in places.get(asker)? {
             let mut here = places.values().flatten().filter(|place| place.network == own.network);
-            if let Some(place) = here.find(|place| place.addresses.contains(address)) {
+            if let Some(place) = here.find(|place| place.addresses.iter().any(|net| net.addr() == *address)) {
                 return place.names.first().map(|name| format!("{name}.{}", own.network_name));
             }
         }

@@ -1,0 +1,114 @@
+//! A TCP socket on the host that is bound for as long as its container runs, and listened on only at times. The kernel keeps the
+//! port for a socket that was listening and is shut down, so that no one else gets it in between.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr, TcpListener},
+};
+
+use rustix::{
+    fd::OwnedFd,
+    io::Errno,
+    net::{AddressFamily, Shutdown, SocketType, bind, ipproto, listen, shutdown, socket, sockopt},
+};
+
+use crate::error::{Error, Kind, Result};
+
+const BACKLOG: i32 = 4096;
+
+/// See the module.
+pub(super) struct Bound {
+    socket: OwnedFd,
+    address: SocketAddr,
+}
+
+/// Docker's words for a port that someone else has.
+pub(super) fn in_use(address: &SocketAddr) -> Error {
+    Error::internal(format!("Bind for {address} failed: port is already allocated"))
+}
+
+impl Bound {
+    pub(super) fn new(address: SocketAddr) -> Result<Self> {
+        Self::open(address).map_err(|error| match error {
+            Errno::ADDRINUSE => in_use(&address),
+            Errno::ACCESS | Errno::PERM => Error::new(
+                Kind::Denied,
+                format!(
+                    "Bind for {address} failed: permission denied: ports below 1024 are root's on this host. Publish the port as one from 1024 on, or let everyone have it: sudo sysctl net.ipv4.ip_unprivileged_port_start={}",
+                    address.port()
+                ),
+            ),
+            Errno::ADDRNOTAVAIL => Error::invalid(format!(
+                "Bind for {address} failed: cannot assign requested address: the host does not have it"
+            )),
+            Errno::AFNOSUPPORT => {
+                Error::new(Kind::Unavailable, format!("Bind for {address} failed: the host has no IPv6"))
+            }
+            error => Error::internal(format!("Bind for {address} failed: {error}")),
+        })
+    }
+
+    fn open(address: SocketAddr) -> rustix::io::Result<Self> {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let socket = socket(family, SocketType::STREAM, Some(ipproto::TCP))?;
+        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        // Connections of an earlier run that have just ended are no reason to fail.
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        if let IpAddr::V6(_) = address.ip() {
+            sockopt::set_ipv6_v6only(&socket, true)?;
+        }
+        bind(&socket, &address)?;
+        let bound = Self { socket, address };
+        // Until a socket has listened once, Linux lets others that reuse addresses have its port as well.
+        listen(&bound.socket, 0)?;
+        bound.refuse();
+        Ok(bound)
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Accepts from now on.
+    pub(super) fn listen(&self) -> io::Result<TcpListener> {
+        // While its connections live, a port can be listened on again by those alone who reuse addresses.
+        sockopt::set_socket_reuseaddr(&self.socket, true)?;
+        listen(&self.socket, BACKLOG)?;
+        Ok(TcpListener::from(self.socket.try_clone()?))
+    }
+
+    /// Refuses from now on; who was not accepted yet is reset.
+    pub(super) fn refuse(&self) {
+        // One that is not listening has nothing to stop.
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        // Nor does anyone else get the port who reuses addresses.
+        let _ = sockopt::set_socket_reuseaddr(&self.socket, false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+
+    use super::*;
+
+    #[test]
+    fn a_port_is_kept_and_refuses_until_it_is_listened_on() {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let bound = Bound::new(free).unwrap();
+        let refused = || TcpStream::connect(free).unwrap_err().kind() == io::ErrorKind::ConnectionRefused;
+        for _ in 0..2 {
+            assert!(refused());
+            let listener = bound.listen().unwrap();
+            listener.set_nonblocking(false).unwrap();
+            let _client = TcpStream::connect(free).unwrap();
+            let (_served, _) = listener.accept().unwrap();
+            assert!(Bound::new(free).is_err());
+            drop(listener);
+            bound.refuse();
+            assert!(Bound::new(free).is_err() && TcpListener::bind(free).is_err());
+        }
+        assert!(refused());
+    }
+}

@@ -1,0 +1,208 @@
+//! Published ports: sockets of the daemon's on the host, and behind each a port of a container.
+//!
+//! A TCP socket is bound when its container starts and is listened on only while something in the container listens, which the agent
+//! tells; otherwise clients are refused by the kernel. An accepted connection is handed into the guest whole, with the news of
+//! whose it is. What the agent says can at worst open or close the sockets of its own sandbox's containers.
+
+mod bind;
+mod session;
+pub(crate) mod wanted;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use coracle_agent_api::ports::ContainerPort;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::{
+    container::record::{ContainerId, Record},
+    core::Core,
+    error::{Error, Kind, Result},
+    sandbox::SandboxId,
+};
+use bind::Bound;
+use session::Session;
+use wanted::Wanted;
+
+/// Ports that Docker gives to those who ask for any.
+const ANY: std::ops::RangeInclusive<u16> = 32_768..=60_999;
+
+/// A port that is published, as the container's record has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Published {
+    /// In the container.
+    pub(crate) port: u16,
+    /// On the host.
+    pub(crate) host: SocketAddr,
+}
+
+/// A published port in use.
+struct Binding {
+    to: ContainerPort,
+    bound: Arc<Bound>,
+    listens: watch::Sender<bool>,
+    /// Ends the task that accepts.
+    _accepting: DropGuard,
+}
+
+/// All published ports.
+#[derive(Default)]
+pub(crate) struct Ports {
+    bindings: Mutex<HashMap<ContainerId, (SandboxId, Vec<Binding>)>>,
+    sessions: Mutex<HashMap<SandboxId, Session>>,
+}
+
+impl Ports {
+    /// Sets which ports of a sandbox's containers are listened on, as its agent says.
+    fn set_listening(&self, sandbox: &SandboxId, ports: &BTreeSet<ContainerPort>) {
+        let bindings = self.bindings.lock().expect("no holder panics");
+        let here = bindings.values().filter(|(own, _)| own == sandbox).flat_map(|(_, bindings)| bindings);
+        for binding in here {
+            binding.listens.send_if_modified(|listens| {
+                std::mem::replace(listens, ports.contains(&binding.to)) != *listens
+            });
+        }
+    }
+
+    fn is_published(&self, host: &SocketAddr) -> bool {
+        let bindings = self.bindings.lock().expect("no holder panics");
+        let mut all = bindings.values().flat_map(|(_, bindings)| bindings);
+        all.any(|binding| {
+            let own = binding.bound.address();
+            let same_family = own.is_ipv4() == host.is_ipv4();
+            let meet = own.ip() == host.ip() || own.ip().is_unspecified() || host.ip().is_unspecified();
+            own.port() == host.port() && same_family && meet
+        })
+    }
+}
+
+/// Whether what a container asks for is published at all: with the host's network, or with none, there is nothing to do.
+pub(crate) fn are_published(record: &Record) -> bool {
+    !matches!(record.host_config.network_mode.as_str(), "host" | "none")
+        && !record.host_config.network_mode.starts_with("container:")
+}
+
+impl Core {
+    /// Takes the ports on the host that a container is to have while it runs. Whether its record has changed comes back.
+    pub(crate) fn publish_ports(self: &Arc<Self>, record: &mut Record) -> Result<bool> {
+        let wanted = match are_published(record) {
+            true => wanted::of(&record.config, &record.host_config)?,
+            false => Vec::new(),
+        };
+        let mut bound = Vec::new();
+        for wanted in &wanted {
+            match self.bind(wanted, &record.ports) {
+                Ok(pair) => bound.extend(pair.into_iter().map(|bound| (wanted.port, bound))),
+                Err(error) => {
+                    let endpoint = record.networks.values().find_map(|attached| attached.lease.as_ref());
+                    let endpoint = endpoint.map(|lease| lease.endpoint.clone()).unwrap_or_default();
+                    return Err(error.context(format!(
+                        "failed to set up container networking: driver failed programming external connectivity on endpoint {} ({endpoint})",
+                        record.name
+                    )));
+                }
+            }
+        }
+        let ports: Vec<Published> =
+            bound.iter().map(|(port, bound)| Published { port: *port, host: bound.address() }).collect();
+        let changed = ports != record.ports;
+        record.ports = ports;
+        self.use_ports(record, bound);
+        Ok(changed)
+    }
+
+    /// Takes the ports again that a running container had with an earlier daemon.
+    pub(crate) fn republish_ports(self: &Arc<Self>, record: &Record) {
+        let mut bound = Vec::new();
+        for published in &record.ports {
+            match Bound::new(published.host) {
+                Ok(socket) => bound.push((published.port, socket)),
+                Err(error) => {
+                    tracing::error!(%error, host = %published.host, "a published port cannot be had again");
+                }
+            }
+        }
+        self.use_ports(record, bound);
+    }
+
+    fn use_ports(self: &Arc<Self>, record: &Record, bound: Vec<(u16, Bound)>) {
+        if bound.is_empty() {
+            return;
+        }
+        let session = self.port_session(&record.sandbox);
+        let binding = |(port, bound): (u16, Bound)| {
+            let to = ContainerPort { container: record.id.clone(), port };
+            let (listens, heard) = watch::channel(false);
+            let bound = Arc::new(bound);
+            let ended = CancellationToken::new();
+            let accepting = session.clone().accept(Arc::clone(&bound), to.clone(), heard);
+            let closing = self.closing.clone();
+            let until = ended.clone();
+            self.tasks.spawn(async move {
+                tokio::select! {
+                    () = accepting => {}
+                    () = until.cancelled() => {}
+                    () = closing.cancelled() => {}
+                }
+            });
+            Binding { to, bound, listens, _accepting: ended.drop_guard() }
+        };
+        let bindings: Vec<Binding> = bound.into_iter().map(binding).collect();
+        let entry = (record.sandbox.clone(), bindings);
+        self.ports.bindings.lock().expect("no holder panics").insert(record.id.clone(), entry);
+        session.tell_again();
+    }
+
+    /// Gives a container's ports back.
+    pub(crate) fn unpublish_ports(&self, container: &ContainerId) {
+        self.ports.bindings.lock().expect("no holder panics").remove(container);
+    }
+
+    fn port_session(self: &Arc<Self>, sandbox: &SandboxId) -> Session {
+        let mut sessions = self.ports.sessions.lock().expect("no holder panics");
+        let make = || Session::start(self, self.sandboxes.get(sandbox));
+        sessions.entry(sandbox.clone()).or_insert_with(make).clone()
+    }
+
+    /// The sockets of one wish: one for each address that it means, all with the same port. Those that the container had before are
+    /// tried first where any would do.
+    fn bind(&self, wanted: &Wanted, before: &[Published]) -> Result<Vec<Bound>> {
+        let had =
+            before.iter().find(|had| had.port == wanted.port && wanted.host_ports.contains(&had.host.port()));
+        let had = had.map(|had| had.host.port());
+        let range = if wanted.host_ports == (0..=0) { ANY } else { wanted.host_ports.clone() };
+        let many = range.start() != range.end();
+        let mut last = None;
+        for port in had.into_iter().chain(range) {
+            match self.bind_all(wanted, port) {
+                Ok(bound) => return Ok(bound),
+                Err(error) if many && error.kind() == Kind::Internal => last = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| Error::internal("all ports are allocated")))
+    }
+
+    fn bind_all(&self, wanted: &Wanted, port: u16) -> Result<Vec<Bound>> {
+        let mut all = Vec::new();
+        for ip in wanted.addresses() {
+            let address = SocketAddr::new(ip, port);
+            if self.ports.is_published(&address) {
+                return Err(bind::in_use(&address));
+            }
+            match Bound::new(address) {
+                Ok(bound) => all.push(bound),
+                // A host without IPv6 has only the other one.
+                Err(error)
+                    if error.kind() == Kind::Unavailable && wanted.host_ip.is_none() && ip.is_ipv6() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(all)
+    }
+}

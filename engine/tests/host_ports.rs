@@ -1,0 +1,169 @@
+//! Published ports through the stock docker CLI, with curl as the client on loopback and on this machine's own address. Needs root.
+
+mod support;
+
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, TcpListener, TcpStream, UdpSocket},
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use support::{Daemon, Machine, text, with_busybox};
+
+/// A port of the host that no one has.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// What curl gets; nothing if it fails.
+fn get(url: &str) -> Option<String> {
+    let output =
+        Command::new("curl").args(["--silent", "--max-time", "10", "--noproxy", "*", url]).output().unwrap();
+    output.status.success().then(|| text(&output.stdout))
+}
+
+/// Waits until something is so; the daemon hears of listeners by events, a moment after the container has done it.
+fn soon(what: &str, mut so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !so() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "never: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn is_refused(address: &str) -> bool {
+    TcpStream::connect(address).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+}
+
+/// This machine's own address, if it has one besides loopback.
+fn own_address() -> Option<IpAddr> {
+    let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
+    // Nothing is sent.
+    socket.connect("192.0.2.1:9").ok()?;
+    socket
+        .local_addr()
+        .ok()
+        .map(|address| address.ip())
+        .filter(|ip| !ip.is_loopback() && !ip.is_unspecified())
+}
+
+fn sh(daemon: &Daemon, container: &str, script: &str) {
+    daemon.ok(&["exec", "-d", container, "busybox", "sh", "-c", script]);
+}
+
+const SERVE: &str = "mkdir -p /www; echo ahoy > /www/index.html; echo $$ > /pid; exec busybox httpd -f -vv -p 80 -h /www > /proc/1/fd/1 2>&1";
+
+#[test]
+fn a_port_is_refused_until_the_container_listens_and_again_when_it_stops() {
+    let (_machine, daemon) = with_busybox();
+    let port = free_port();
+    let (published, address) = (format!("{port}:80"), format!("127.0.0.1:{port}"));
+    daemon.ok(&["run", "-d", "--name", "web", "-p", &published, "busybox", "sleep", "1000"]);
+    assert!(is_refused(&address));
+    assert!(TcpListener::bind(("127.0.0.1", port)).is_err(), "the port is taken all the same");
+    assert_eq!(daemon.ok(&["port", "web", "80"]), format!("0.0.0.0:{port}\n[::]:{port}\n"));
+    let ports = daemon.ok(&["ps", "--format", "{{.Ports}}"]);
+    assert!(ports.contains(&format!("0.0.0.0:{port}->80/tcp")), "{ports}");
+    assert_eq!(daemon.ok(&["ps", "-q", "--filter", &format!("publish={port}")]).lines().count(), 1);
+
+    sh(&daemon, "web", SERVE);
+    soon("the page is served", || get(&format!("http://{address}/")).as_deref() == Some("ahoy\n"));
+    assert_eq!(get(&format!("http://[::1]:{port}/")).as_deref(), Some("ahoy\n"));
+    soon("the log names the gateway", || daemon.ok(&["logs", "web"]).contains("172.17.0.1"));
+    if let Some(own) = own_address() {
+        assert_eq!(get(&format!("http://{own}:{port}/")).as_deref(), Some("ahoy\n"));
+        soon("the log names the client", || daemon.ok(&["logs", "web"]).contains(&own.to_string()));
+    }
+    daemon.ok(&["exec", "web", "busybox", "sh", "-c", "kill $(cat /pid)"]);
+    soon("it is refused again", || is_refused(&address));
+    sh(&daemon, "web", SERVE);
+    soon("it is served again", || get(&format!("http://{address}/")).is_some());
+    daemon.ok(&["rm", "-f", "web"]);
+    assert!(is_refused(&address));
+    drop(TcpListener::bind(("127.0.0.1", port)).expect("the port is free"));
+}
+
+#[test]
+fn bytes_pass_in_both_directions_with_half_closes() {
+    let (_machine, daemon) = with_busybox();
+    let port = free_port();
+    let published = format!("127.0.0.1:{port}:7");
+    daemon.ok(&[
+        "run", "-d", "--name", "echo", "-p", &published, "busybox", "busybox", "nc", "-ll", "-p", "7", "-e",
+        "cat",
+    ]);
+    let address = format!("127.0.0.1:{port}");
+    soon("it listens", || TcpStream::connect(&address).is_ok());
+    let mut stream = TcpStream::connect(&address).unwrap();
+    let sent: Vec<u8> = (0..8u32 << 20).map(|at| (at ^ (at >> 8)) as u8).collect();
+    let mut writer = stream.try_clone().unwrap();
+    let copy = sent.clone();
+    let writing = thread::spawn(move || {
+        writer.write_all(&copy).unwrap();
+        writer.shutdown(std::net::Shutdown::Write).unwrap();
+    });
+    let mut received = Vec::new();
+    stream.read_to_end(&mut received).unwrap();
+    writing.join().unwrap();
+    assert!(received == sent, "{} of {} bytes", received.len(), sent.len());
+}
+
+#[test]
+fn ports_that_are_taken_or_make_no_sense_are_clear_errors_before_the_start() {
+    let (_machine, daemon) = with_busybox();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let run = |option: &str, code: i32| daemon.fails(code, &["run", "--rm", "-p", option, "busybox", "true"]);
+    let refusal = run(&format!("127.0.0.1:{port}:80"), 125);
+    assert!(refusal.contains("driver failed programming external connectivity on endpoint"), "{refusal}");
+    assert!(
+        refusal.contains(&format!("Bind for 127.0.0.1:{port} failed: port is already allocated")),
+        "{refusal}"
+    );
+    let free = free_port();
+    daemon.ok(&["run", "-d", "--name", "one", "-p", &format!("{free}:80"), "busybox", "sleep", "1000"]);
+    assert!(run(&format!("127.0.0.1:{free}:80"), 125).contains("port is already allocated"));
+    assert!(run("192.0.2.7:8080:80", 125).contains("cannot assign requested address"));
+    assert!(run("80:80/udp", 125).contains("is not supported by Coracle yet"));
+    // Any of a range, and any at all.
+    daemon.ok(&[
+        "run",
+        "-d",
+        "--name",
+        "range",
+        "-p",
+        &format!("127.0.0.1:{port}-{}:80", port.saturating_add(20)),
+        "busybox",
+        "sleep",
+        "1000",
+    ]);
+    let shown = daemon.ok(&["port", "range"]);
+    assert!(shown.starts_with("80/tcp -> 127.0.0.1:") && !shown.contains(&format!(":{port}\n")), "{shown}");
+    daemon.ok(&["run", "-d", "--name", "any", "-P", "--expose", "81", "busybox", "sleep", "1000"]);
+    assert!(daemon.ok(&["port", "any"]).contains("81/tcp -> 0.0.0.0:"));
+    let host = daemon.docker(&["run", "-d", "--network", "host", "-p", "1:1", "busybox", "true"]);
+    assert!(text(&host.stderr).contains("Published ports are discarded"), "{}", text(&host.stderr));
+}
+
+#[test]
+fn published_ports_survive_the_daemon_and_come_back_with_the_container() {
+    let machine = Machine::new();
+    let daemon = Daemon::start(&machine);
+    daemon.load_busybox();
+    daemon.ok(&["run", "-d", "--name", "web", "-p", "127.0.0.1::80", "busybox", "sh", "-c", SERVE]);
+    let address = daemon.ok(&["port", "web", "80"]).trim().to_owned();
+    soon("it is served", || get(&format!("http://{address}/")).is_some());
+    daemon.end();
+    assert!(is_refused(&address));
+    let daemon = Daemon::start(&machine);
+    assert_eq!(daemon.ok(&["port", "web", "80"]).trim(), address);
+    soon("it is served by the next daemon", || get(&format!("http://{address}/")).is_some());
+    daemon.ok(&["restart", "-t", "0", "web"]);
+    assert_eq!(daemon.ok(&["port", "web", "80"]).trim(), address);
+    soon("it is served after a restart", || get(&format!("http://{address}/")).is_some());
+    daemon.ok(&["stop", "-t", "0", "web"]);
+    assert!(is_refused(&address));
+    assert_eq!(daemon.ok(&["port", "web"]), "");
+}
