@@ -4,6 +4,7 @@ mod container;
 mod image;
 mod isolation;
 mod mount;
+mod network;
 mod registry;
 
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ pub(crate) use image::{
     HistoryArgs, ImageCommand, ImagesArgs, ImportArgs, LoadArgs, PruneArgs, RmiArgs, SaveArgs, TagArgs,
 };
 pub(crate) use mount::{VolumeArgs, VolumeCommand};
+pub(crate) use network::{NetworkArgs, NetworkCommand, endpoint};
 pub(crate) use registry::{LoginArgs, LogoutArgs, PullArgs, PushArgs, SearchArgs};
 
 /// What the environment can say.
@@ -111,6 +113,8 @@ pub(crate) enum Command {
     Tag(TagArgs),
     /// Show everything known of containers or images as JSON
     Inspect(InspectArgs),
+    /// Make, list, connect and remove networks
+    Network(NetworkArgs),
     /// Make, list and remove volumes
     Volume(VolumeArgs),
     /// The daemon itself

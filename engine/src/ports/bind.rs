@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr, TcpListener},
+    net::{SocketAddr, TcpListener},
 };
 
 use rustix::{
@@ -55,7 +55,7 @@ impl Bound {
         rustix::io::ioctl_fionbio(&socket, true)?;
         // Connections of an earlier run that have just ended are no reason to fail.
         sockopt::set_socket_reuseaddr(&socket, true)?;
-        if let IpAddr::V6(_) = address.ip() {
+        if address.is_ipv6() {
             sockopt::set_ipv6_v6only(&socket, true)?;
         }
         bind(&socket, &address)?;

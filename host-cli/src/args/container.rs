@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
+use serde_json::Value;
 
 use super::{
     SessionArgs,
     isolation::{Isolation, IsolationOptions, security_option},
     mount::{Mount, mount},
+    network::{HostNetwork, NetworkOptions},
     size,
 };
 
@@ -142,9 +144,8 @@ pub(crate) struct CreateOptions {
     /// Security options, for example no-new-privileges
     #[arg(long, value_name = "OPTION")]
     security_opt: Vec<String>,
-    /// Its network, for example none
-    #[arg(long, alias = "net", value_name = "NETWORK")]
-    network: Option<String>,
+    #[command(flatten)]
+    network: NetworkOptions,
     /// The signal that stops it
     #[arg(long, value_name = "SIGNAL")]
     stop_signal: Option<String>,
@@ -184,7 +185,11 @@ pub(crate) struct CreateBody {
     stop_signal: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stop_timeout: Option<i64>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    exposed_ports: BTreeMap<String, Value>,
     host_config: HostConfig,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    networking_config: Option<Value>,
 }
 
 #[derive(Debug, Default, PartialEq, Serialize)]
@@ -228,8 +233,8 @@ struct HostConfig {
     group_add: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     security_opt: Vec<String>,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    network_mode: String,
+    #[serde(flatten)]
+    network: HostNetwork,
     #[serde(flatten)]
     isolation: Isolation,
 }
@@ -278,7 +283,9 @@ impl CreateOptions {
             attach_stderr: attached,
             stop_signal: self.stop_signal.clone(),
             stop_timeout: self.stop_timeout,
+            exposed_ports: self.network.exposed()?,
             host_config: self.host_config()?,
+            networking_config: self.network.endpoints(),
         })
     }
 
@@ -308,7 +315,7 @@ impl CreateOptions {
                 .iter()
                 .map(|text| security_option(text))
                 .collect::<Result<_>>()?,
-            network_mode: self.network.clone().unwrap_or_default(),
+            network: self.network.host()?,
             isolation: self.isolation.body()?,
         })
     }

@@ -11,6 +11,7 @@ mod inspect;
 mod lifecycle;
 mod load;
 mod logs;
+mod networks;
 mod prune;
 mod ps;
 mod registry;
@@ -66,6 +67,7 @@ pub(crate) async fn run(command: Command, home: Home, started: u64) -> Outcome {
         Command::Rm(args) => lifecycle::remove(&home, &args).await,
         Command::Rename(args) => lifecycle::rename(&home, &args).await,
         Command::Inspect(args) => inspect::run(&home, &args).await,
+        Command::Network(args) => networks::run(&home, &args.command).await,
         Command::Volume(args) => volumes::run(&home, &args.command).await,
         Command::Doctor | Command::Daemon(_) | Command::Vmm | Command::Fsd | Command::Bundle(_) => {
             unreachable!("the caller has carried these out")
