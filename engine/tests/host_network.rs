@@ -239,8 +239,9 @@ fn addresses_and_networks_survive_the_daemon_and_the_sandbox() {
     assert_eq!(address(&daemon, "two", "mine"), "10.77.0.3");
     assert_eq!(address(&daemon, "four", "mine"), "10.77.0.4");
     assert!(reaches(&daemon, "two", "10.77.0.4"));
-    let now =
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs().to_string();
+    // To the end of the second in which they happened.
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() + 1;
+    let now = now.to_string();
     let format = "{{.Action}} {{.Actor.Attributes.name}}";
     let asked = ["events", "--since", "0", "--until", &now, "--filter", "type=network", "--format", format];
     let events = daemon.ok(&asked);

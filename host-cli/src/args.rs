@@ -402,7 +402,7 @@ mod tests {
 
     #[test]
     fn what_is_not_there_yet_is_refused() {
-        for options in [["-p", "80:80"], ["--restart", "always"]] {
+        for options in [["--gpus", "all"], ["--restart", "always"]] {
             assert!(
                 Cli::try_parse_from(["coracle", "run", options[0], options[1], "busybox"]).is_err(),
                 "{options:?}"
