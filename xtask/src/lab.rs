@@ -4,7 +4,6 @@
 
 pub(crate) mod hold;
 mod machine;
-mod qemu;
 mod system;
 
 use std::path::PathBuf;

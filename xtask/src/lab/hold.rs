@@ -3,8 +3,10 @@
 //! KVM counts processors whose local APIC is off or missing, and when such a count leaves or reaches zero it patches its own code
 //! (`apic_sw_disabled`, `apic_hw_disabled` and `kvm_has_noapic_vcpu` in the kernel's arch/x86/kvm/lapic.c), which happens with nearly each
 //! machine that starts; the scheduler's code changes with the first and the last machine (`preempt_notifier_key` in kernel/sched/core.c).
-//! An old QEMU may not survive that while several processors run (see `qemu.rs`). A machine that is never run and stays keeps all
-//! these counts above zero; it is made before the lab's other processors start.
+//! QEMU before 8.1 can miss such a change when one emulated processor translates the code at the very moment when another one writes
+//! it, and then runs the old code for ever: both processors spin, and the lab hangs. A machine that is never run and stays keeps all
+//! these counts above zero; it is made before the lab's other processors start. (A newer QEMU is no way out: with 10.0, guests of the
+//! lab stopped answering in about one of six boots.)
 
 use std::io::Write as _;
 

@@ -219,10 +219,8 @@ fn qemu(system: &System, options: &Options, job: &Path) -> Result<std::process::
     };
     let model = if nix::unistd::geteuid().is_root() { "passthrough" } else { "none" };
     // setpriv makes QEMU die with us even when we are killed.
-    let mut command = shell::command("setpriv", ["--pdeathsig", "KILL", "--"]);
+    let mut command = shell::command("setpriv", ["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
     command
-        .arg(&system.qemu.program)
-        .args(system.qemu.arguments())
         .args([
             "-accel",
             "tcg,thread=multi",

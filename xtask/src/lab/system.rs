@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::qemu::{self, Qemu};
 use crate::{cache, cpio, packages, shell};
 
 const INIT: &str = include_str!("init.sh");
@@ -32,9 +31,8 @@ const MODULES: &[&str] = &[
     "ext4",
 ];
 
-/// QEMU, and the files that it starts.
+/// The files that QEMU starts.
 pub(super) struct System {
-    pub(super) qemu: Qemu,
     pub(super) kernel: PathBuf,
     pub(super) initramfs: PathBuf,
 }
@@ -50,8 +48,7 @@ pub(super) fn get() -> Result<System> {
         .input("busybox", &busybox)
         .finish();
     let place = cache::entry("lab", &key, |folder| make(folder, &busybox))?;
-    let qemu = qemu::get()?;
-    Ok(System { qemu, kernel: place.join("vmlinuz"), initramfs: place.join("initramfs.cpio") })
+    Ok(System { kernel: place.join("vmlinuz"), initramfs: place.join("initramfs.cpio") })
 }
 
 fn make(folder: &Path, busybox: &[u8]) -> Result<()> {
@@ -122,7 +119,7 @@ fn add_module(name: &str, modules: &BTreeMap<String, PathBuf>, order: &mut Vec<S
 }
 
 /// Files below `folder` whose names please `wanted`, sorted.
-pub(super) fn files(folder: &Path, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+fn files(folder: &Path, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
         let entry = entry?;
