@@ -17,6 +17,7 @@ use tokio::sync::{Notify, RwLock, oneshot};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    accept::Descriptors,
     api::images,
     container::{
         Container, Stop,
@@ -69,6 +70,7 @@ pub(crate) struct Core {
     pub(crate) volumes: Volumes,
     pub(crate) networks: Networks,
     pub(crate) ports: Ports,
+    pub(crate) descriptors: Arc<Descriptors>,
     pub(crate) execs: Execs,
     pub(crate) timings: Timings,
     /// Held for reading while a container is made of an image, for writing while an image is removed.
@@ -113,6 +115,7 @@ impl Core {
             volumes: Volumes::load(facts.volumes),
             networks,
             ports: Ports::default(),
+            descriptors: Arc::default(),
             execs: Execs::default(),
             timings: Timings::default(),
             image_gate: RwLock::default(),

@@ -6,6 +6,7 @@
 
 #![recursion_limit = "256"]
 
+mod accept;
 mod agent;
 pub mod api;
 mod container;

@@ -32,7 +32,7 @@ use crate::{
     agent::Agent,
     core::Core,
     error::chain,
-    sandbox::{Sandbox, SandboxState},
+    sandbox::{Sandbox, lives::Lives},
 };
 
 pub use names::HostFiles;
@@ -43,9 +43,6 @@ const MOST_QUESTIONS: usize = 512;
 const MOST_ECHOES: usize = 256;
 /// Frames that wait for being sent to the agent.
 const REPLIES: usize = 1024;
-/// A connection to an agent that broke is made again after this long, and longer each time.
-const FIRST_WAIT: Duration = Duration::from_millis(250);
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// A peer that has vanished is noticed after about three minutes, as a container cannot ask for it to be looked after.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(120);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
@@ -75,29 +72,13 @@ impl WayOut {
     }
 
     async fn serve(&self) {
-        let mut state = self.sandbox.state();
-        let mut wait = FIRST_WAIT;
-        loop {
-            let instance = match state.wait_for(|state| state.running().is_some()).await {
-                Ok(state) => instance(&state),
-                // The sandbox's object is gone.
-                Err(_) => return,
-            };
-            let served = tokio::select! {
-                served = self.serve_once() => served,
-                // Another life of the sandbox, or none.
-                _ = state.wait_for(|state| self::instance(state) != instance) => {
-                    wait = FIRST_WAIT;
-                    continue;
+        let mut lives = Lives::new(self.sandbox.state());
+        while lives.begin().await {
+            tokio::select! {
+                reason = self.serve_once() => {
+                    tracing::warn!(sandbox = %self.sandbox.id(), error = reason, "the way out was interrupted");
                 }
-            };
-            let changed = state.wait_for(|state| self::instance(state) != instance);
-            if tokio::time::timeout(wait, changed).await.is_ok() {
-                wait = FIRST_WAIT;
-            } else {
-                // It was not the end of the sandbox.
-                tracing::warn!(sandbox = %self.sandbox.id(), error = served, "the way out was interrupted");
-                wait = (wait * 2).min(LONGEST_WAIT);
+                () = lives.over() => {}
             }
         }
     }
@@ -123,11 +104,6 @@ impl WayOut {
         };
         ended.err().map_or_else(|| "the agent has ended it".to_owned(), |error| error.to_string())
     }
-}
-
-/// Which life of a sandbox this is.
-fn instance(state: &SandboxState) -> Option<u64> {
-    state.running().map(|running| running.instance)
 }
 
 /// The way back to the agent.

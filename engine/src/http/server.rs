@@ -14,10 +14,7 @@ use http::{HeaderValue, Method, header::HeaderName};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use percent_encoding::percent_decode_str;
-use tokio::{
-    net::{UnixListener, UnixStream},
-    sync::Notify,
-};
+use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
 use super::{Request, Response, body, query::Query, router, version};
@@ -31,12 +28,8 @@ const GRACE: Duration = Duration::from_millis(500);
 /// A connection must send its request's head within this.
 const HEAD_TIME: Duration = Duration::from_secs(300);
 
-/// How long to wait for a connection's end before trying again to accept one: descriptors are given back by others, too.
-const PATIENCE: Duration = Duration::from_secs(1);
-
 /// Serves until `end` is cancelled, then lets running requests end.
 pub(crate) async fn serve(core: &Arc<Core>, listener: UnixListener, end: &CancellationToken) {
-    let ended = Arc::new(Notify::new());
     loop {
         let accepted = tokio::select! {
             () = end.cancelled() => break,
@@ -44,20 +37,17 @@ pub(crate) async fn serve(core: &Arc<Core>, listener: UnixListener, end: &Cancel
         };
         match accepted {
             Ok((stream, _)) => {
-                let (core_of_it, end, ended) = (Arc::clone(core), end.clone(), Arc::clone(&ended));
+                let (core_of_it, end) = (Arc::clone(core), end.clone());
                 core.tasks.spawn(async move {
+                    let descriptors = Arc::clone(&core_of_it.descriptors);
                     serve_connection(core_of_it, stream, end).await;
-                    ended.notify_one();
+                    descriptors.were_freed();
                 });
             }
-            // For example, no more file descriptors: those that are served give theirs back.
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::select! {
-                    () = end.cancelled() => break,
-                    _ = tokio::time::timeout(PATIENCE, ended.notified()) => {}
-                }
-            }
+            Err(error) => tokio::select! {
+                () = end.cancelled() => break,
+                () = core.descriptors.after(&error, "the API's socket") => {}
+            },
         }
     }
 }

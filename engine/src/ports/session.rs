@@ -8,7 +8,6 @@ use std::{
         Arc, Weak,
         atomic::{AtomicU32, Ordering},
     },
-    time::Duration,
 };
 
 use coracle_agent_api::{
@@ -19,25 +18,25 @@ use futures_util::StreamExt;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::{mpsc, watch},
+    sync::{Semaphore, mpsc, watch},
 };
 use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::bind::Bound;
-use crate::{core::Core, error::chain, sandbox::SandboxState, sandboxes::Host};
+use crate::{accept::Descriptors, core::Core, error::chain, sandbox::lives::Lives, sandboxes::Host};
 
 /// The longest line that an agent may send: some tens of thousands of ports.
 const MAX_LINE: usize = 16 * 1024 * 1024;
-/// Connections that wait for being announced.
+/// Connections on their way into the guest; further ones wait in the kernel.
 const WAITING: usize = 1024;
-/// A conversation that broke is begun again after this long.
-const PAUSE: Duration = Duration::from_millis(500);
 
 /// See the module.
 #[derive(Clone)]
 pub(super) struct Session {
     host: Arc<Host>,
     arrivals: mpsc::Sender<Arrival>,
+    room: Arc<Semaphore>,
+    descriptors: Arc<Descriptors>,
     ids: Arc<AtomicU32>,
     newest: Arc<watch::Sender<BTreeSet<ContainerPort>>>,
 }
@@ -49,6 +48,8 @@ impl Session {
         let session = Self {
             host,
             arrivals,
+            room: Arc::new(Semaphore::new(WAITING)),
+            descriptors: Arc::clone(&core.descriptors),
             ids: Arc::new(AtomicU32::new(FIRST_ARRIVAL)),
             newest: Arc::new(watch::Sender::new(BTreeSet::new())),
         };
@@ -63,8 +64,6 @@ impl Session {
     }
 
     async fn run(self, core: Weak<Core>, mut announced: mpsc::Receiver<Arrival>) {
-        let mut state = self.host.state();
-        let instance = |state: &SandboxState| state.running().map(|running| running.instance);
         let told = async {
             let mut newest = self.newest.subscribe();
             while newest.changed().await.is_ok() {
@@ -74,20 +73,14 @@ impl Session {
             }
         };
         let talk = async {
-            loop {
-                let Ok(life) =
-                    state.wait_for(|state| state.running().is_some()).await.map(|state| instance(&state))
-                else {
-                    return;
+            let mut lives = Lives::new(self.host.state());
+            while lives.begin().await {
+                let reason = tokio::select! {
+                    reason = self.talk(&mut announced) => reason,
+                    () = lives.over() => "the sandbox has ended".to_owned(),
                 };
-                let ended = tokio::select! {
-                    ended = self.talk(&mut announced) => ended,
-                    _ = state.wait_for(|state| instance(state) != life) => "the sandbox has ended".to_owned(),
-                };
-                tracing::debug!(sandbox = %self.host.id(), error = ended, "published ports refuse for now");
+                tracing::debug!(sandbox = %self.host.id(), error = reason, "published ports refuse for now");
                 self.newest.send_replace(BTreeSet::new());
-                let changed = state.wait_for(|state| instance(state) != life);
-                let _ = tokio::time::timeout(PAUSE, changed).await;
             }
         };
         tokio::select! {
@@ -156,22 +149,27 @@ impl Session {
                 }
             };
             loop {
+                let accept = async {
+                    let room = Arc::clone(&self.room).acquire_owned().await.expect("it is never closed");
+                    listener.accept().await.map(|accepted| (room, accepted))
+                };
                 let accepted = tokio::select! {
-                    accepted = listener.accept() => accepted,
+                    accepted = accept => accepted,
                     stopped = listens.wait_for(|listens| !*listens) => match stopped {
                         Ok(_) => break,
                         Err(_) => return,
                     },
                 };
                 match accepted {
-                    Ok((stream, client)) => {
-                        drop(tokio::spawn(self.clone().hand_in(stream, client, to.clone())))
+                    Ok((room, (stream, client))) => {
+                        let (session, to) = (self.clone(), to.clone());
+                        tokio::spawn(async move {
+                            session.hand_in(stream, client, to).await;
+                            drop(room);
+                            session.descriptors.were_freed();
+                        });
                     }
-                    // Of one connection, or for want of descriptors: then the others must end first.
-                    Err(error) => {
-                        tracing::warn!(%error, host = %bound.address(), "a connection cannot be accepted");
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                    }
+                    Err(error) => self.descriptors.after(&error, bound.address()).await,
                 }
             }
             drop(listener);
@@ -179,7 +177,7 @@ impl Session {
         }
     }
 
-    async fn hand_in(self, stream: TcpStream, client: SocketAddr, to: ContainerPort) {
+    async fn hand_in(&self, stream: TcpStream, client: SocketAddr, to: ContainerPort) {
         let next = |id: u32| Some(if id >= LAST_ARRIVAL { FIRST_ARRIVAL } else { id + 1 });
         let id = self.ids.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).unwrap_or(FIRST_ARRIVAL);
         let _ = stream.set_nodelay(true);

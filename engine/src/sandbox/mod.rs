@@ -4,6 +4,7 @@
 //! A sandbox is disposable: it may die at any time, and whatever comes out of it is untrusted. Nothing here assumes that
 //! there is only one.
 
+pub(crate) mod lives;
 #[cfg(feature = "process-sandbox")]
 pub mod process;
 
