@@ -1,4 +1,4 @@
-//! The kernel's ring buffer of BPF programs, and loading what writes to it. Everything unsafe about it is in this file; each
+//! BPF programs of cgroups, and the ring buffer that they write to. Everything unsafe about it is in this file; each
 //! function is safe to call as its documentation says.
 #![allow(unsafe_code)]
 
@@ -11,8 +11,6 @@ const MAP_CREATE: c_int = 0;
 const PROG_LOAD: c_int = 5;
 const PROG_ATTACH: c_int = 8;
 const MAP_TYPE_RINGBUF: u32 = 27;
-const PROG_TYPE_SOCK_OPS: u32 = 13;
-const CGROUP_SOCK_OPS: u32 = 3;
 const ALLOW_MULTI: u32 = 2;
 /// In a record's header: it is still being written, or was given up.
 const BUSY: u32 = 1 << 31;
@@ -63,10 +61,37 @@ fn owned(fd: c_long) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd as c_int) }
 }
 
-/// Loads a program that is asked at events of TCP sockets.
-pub(crate) fn load_socket_program(instructions: &[u64]) -> io::Result<OwnedFd> {
+/// What a program of a cgroup is asked for; see linux/bpf.h.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// It decides about the use of devices.
+    Devices,
+    /// It hears of events of TCP sockets.
+    Sockets,
+}
+
+impl Purpose {
+    /// `BPF_PROG_TYPE_…`
+    fn program_type(self) -> u32 {
+        match self {
+            Self::Devices => 15,
+            Self::Sockets => 13,
+        }
+    }
+
+    /// `BPF_CGROUP_…`
+    fn attach_type(self) -> u32 {
+        match self {
+            Self::Devices => 6,
+            Self::Sockets => 3,
+        }
+    }
+}
+
+/// Loads a program.
+pub(crate) fn load(purpose: Purpose, instructions: &[u64]) -> io::Result<OwnedFd> {
     let attr = ProgLoad {
-        prog_type: PROG_TYPE_SOCK_OPS,
+        prog_type: purpose.program_type(),
         insn_cnt: u32::try_from(instructions.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
         insns: instructions.as_ptr() as u64,
         license: c"Apache-2.0".as_ptr() as u64,
@@ -78,12 +103,12 @@ pub(crate) fn load_socket_program(instructions: &[u64]) -> io::Result<OwnedFd> {
     unsafe { bpf(PROG_LOAD, &attr) }.map(owned)
 }
 
-/// Has a program asked about the sockets of a cgroup, and of those below it, for as long as the cgroup exists.
-pub(crate) fn attach_socket_program(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+/// Has a program asked in a cgroup, and in those below it, for as long as the cgroup exists.
+pub(crate) fn attach(purpose: Purpose, cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let attr = ProgAttach {
         target_fd: cgroup.as_raw_fd() as u32,
         attach_bpf_fd: program.as_raw_fd() as u32,
-        attach_type: CGROUP_SOCK_OPS,
+        attach_type: purpose.attach_type(),
         attach_flags: ALLOW_MULTI,
     };
     // SAFETY: the structure holds descriptors that are open during the call, and no pointer.

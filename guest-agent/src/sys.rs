@@ -89,64 +89,6 @@ pub(crate) fn filter_system_calls(filter: &Filter) -> io::Result<()> {
     Ok(())
 }
 
-const BPF_PROG_LOAD: c_int = 5;
-const BPF_PROG_ATTACH: c_int = 8;
-const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const BPF_CGROUP_DEVICE: u32 = 6;
-const BPF_F_ALLOW_MULTI: u32 = 2;
-
-/// The part of `union bpf_attr` that loading needs.
-#[repr(C)]
-struct BpfLoad {
-    prog_type: u32,
-    insn_cnt: u32,
-    insns: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buf: u64,
-}
-
-/// The part of `union bpf_attr` that attaching needs.
-#[repr(C)]
-struct BpfAttach {
-    target_fd: u32,
-    attach_bpf_fd: u32,
-    attach_type: u32,
-    attach_flags: u32,
-}
-
-/// Loads a program that decides about a cgroup's use of devices.
-pub(crate) fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
-    let attr = BpfLoad {
-        prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-        insn_cnt: u32::try_from(instructions.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
-        insns: instructions.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log_buf: 0,
-    };
-    // SAFETY: the structure has the size that is passed, and what it points to outlives the call; the kernel only reads it.
-    let fd =
-        check(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attr, size_of::<BpfLoad>()) })?;
-    // SAFETY: the kernel made this descriptor for us in the call above and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as c_int) })
-}
-
-/// Lets a program decide about the devices of a cgroup for as long as the cgroup exists.
-pub(crate) fn attach_device_program(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
-    let attr = BpfAttach {
-        target_fd: cgroup.as_raw_fd() as u32,
-        attach_bpf_fd: program.as_raw_fd() as u32,
-        attach_type: BPF_CGROUP_DEVICE,
-        attach_flags: BPF_F_ALLOW_MULTI,
-    };
-    // SAFETY: the structure has the size that is passed; the kernel only reads it.
-    check(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attr, size_of::<BpfAttach>()) })?;
-    Ok(())
-}
-
 /// Leaves namespaces, those of the calling thread. Never with `FILES`, and never where another thread counts on sharing them.
 pub(crate) fn unshare(flags: UnshareFlags) -> io::Result<()> {
     assert!(!flags.contains(UnshareFlags::FILES));

@@ -2,17 +2,15 @@
 
 use std::fmt;
 
+use coracle_worker::control;
 use serde::{Deserialize, Serialize};
 
-/// What a client sends: one request and the id its reply will carry.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FromClient {
-    /// Chosen by the client; comes back in the [`Reply`].
-    pub id: u64,
-    /// What is asked for.
-    pub request: Request,
-}
+/// What a client sends.
+pub type FromClient = control::FromClient<Request>;
+/// The reply to it.
+pub type Reply = control::Reply<Answer>;
+/// How a request went.
+pub type Outcome = control::Outcome<Answer>;
 
 /// A request. The descriptors that belong to it travel with the same message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,26 +127,6 @@ impl fmt::Display for GrantId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
-}
-
-/// The one reply to a request.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Reply {
-    /// The request's id.
-    pub id: u64,
-    /// How it went.
-    pub outcome: Outcome,
-}
-
-/// How a request went.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Outcome {
-    /// It is done.
-    Ok(Answer),
-    /// It is not; why not, in a sentence.
-    Error(String),
 }
 
 /// What a request gives.

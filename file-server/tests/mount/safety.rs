@@ -132,7 +132,10 @@ fn bad_grants(m: &Mounted) {
     };
     let grant = |id: &str, kind| Grant { id: name(id), kind, read_only: false, owners: m.owners() };
     let refused = |result: Result<(), ClientError>, words: &str| {
-        assert!(matches!(&result, Err(ClientError::Refused(text)) if text.contains(words)), "{result:?}");
+        assert!(
+            matches!(&result, Err(ClientError::Refused { reason, .. }) if reason.contains(words)),
+            "{result:?}"
+        );
     };
     use std::os::fd::AsFd;
     let tree = open(&m.outside, OFlags::PATH);

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 
 use coracle_agent_api::{DeviceAccess, DeviceKind, DeviceRule};
 
-use crate::sys;
+use crate::bpf::{self, Purpose};
 
 /// What a container may do with devices.
 pub(crate) enum Devices {
@@ -47,7 +47,7 @@ const ALWAYS: [DeviceRule; 9] = [
 pub(super) fn load(rules: &[DeviceRule]) -> io::Result<OwnedFd> {
     let all: Vec<DeviceRule> = ALWAYS.iter().chain(rules).copied().collect();
     let packed: Vec<u64> = program(&all).iter().map(|instruction| instruction.pack()).collect();
-    sys::load_device_program(&packed)
+    bpf::load(Purpose::Devices, &packed)
 }
 
 const MKNOD: u32 = 1;

@@ -15,8 +15,8 @@ use coracle_agent_api::{ApiError, ErrorKind, ProcessId, Resources};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{CWD, Mode, OFlags};
 
+use crate::bpf::{self, Purpose};
 use crate::error::{AtStep, Result};
-use crate::sys;
 pub(crate) use devices::Devices;
 use limits::{File, Limits};
 
@@ -143,7 +143,7 @@ impl Cgroups {
             }
         };
         let directory = std::fs::File::open(&group.path).at("open the cgroup")?;
-        sys::attach_device_program(directory.as_fd(), program.as_fd()).at("rule the use of devices")
+        bpf::attach(Purpose::Devices, directory.as_fd(), program.as_fd()).at("rule the use of devices")
     }
 
     /// Changes those limits of a container that are set.

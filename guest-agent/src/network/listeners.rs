@@ -17,7 +17,7 @@ use coracle_agent_api::ports::{ContainerPort, Listening};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
-use crate::bpf::{self, Ring};
+use crate::bpf::{self, Purpose, Ring};
 use crate::sys;
 
 const RING: u32 = 256 * 1024;
@@ -170,8 +170,8 @@ impl Event {
 
 fn attach(cgroup: BorrowedFd<'_>) -> io::Result<Ring> {
     let ring = Ring::new(RING)?;
-    let program = bpf::load_socket_program(&program(ring.as_fd())?)?;
-    bpf::attach_socket_program(cgroup, program.as_fd())?;
+    let program = bpf::load(Purpose::Sockets, &program(ring.as_fd())?)?;
+    bpf::attach(Purpose::Sockets, cgroup, program.as_fd())?;
     Ok(ring)
 }
 

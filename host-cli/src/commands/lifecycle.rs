@@ -4,12 +4,12 @@
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
+use super::each;
 use crate::{
     args::{Containers, KillArgs, RenameArgs, RmArgs, StopArgs},
     client::{self, Docker, escape},
-    failure::{Failure, Outcome, describe},
+    failure::Outcome,
     paths::Home,
-    terminal,
 };
 
 /// Stops or restarts containers.
@@ -74,16 +74,5 @@ pub(super) async fn each(
     verb: &str,
     act: impl AsyncFn(&Docker, &str) -> Result<String>,
 ) -> Outcome {
-    let docker = client::connect(home).await?;
-    let mut failed = false;
-    for name in &targets.containers {
-        match act(&docker, name).await.with_context(|| format!("cannot {verb} {name}")) {
-            Ok(said) => terminal::print(&format!("{said}\n"))?,
-            Err(error) => {
-                terminal::complain(&format!("coracle: {}\n", describe(&error)));
-                failed = true;
-            }
-        }
-    }
-    if failed { Err(Failure::silent(1)) } else { Ok(0) }
+    each::each(&client::connect(home).await?, &targets.containers, verb, act).await
 }

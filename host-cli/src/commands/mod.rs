@@ -1,6 +1,7 @@
 //! What the words of the command line do. Each is a client of the daemon's API; none knows anything that the API does not say.
 
 pub(crate) mod bundle;
+mod each;
 mod egress;
 mod exec;
 mod filters;

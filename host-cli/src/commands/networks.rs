@@ -1,13 +1,14 @@
 //! `coracle network`.
 
-use anyhow::{Context, Result};
+use anyhow::Context;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::each;
 use crate::{
     args::{NetworkCommand, endpoint},
-    client::{self, escape},
-    failure::{Outcome, describe},
+    client::{self, Docker, escape},
+    failure::Outcome,
     paths::Home,
     table::Table,
     terminal,
@@ -46,22 +47,14 @@ pub(super) async fn run(home: &Home, command: &NetworkCommand) -> Outcome {
             terminal::print(&if *quiet { ids } else { table.render() })?;
             Ok(0)
         }
-        NetworkCommand::Inspect { names } => {
-            let mut found: Vec<Value> = Vec::new();
-            let failed = each(names, "find", async |name| {
-                found.push(docker.get(&format!("/networks/{}", escape(name))).await?);
-                Ok(())
-            })
-            .await;
-            terminal::print(&format!("{:#}\n", Value::from(found)))?;
-            Ok(failed)
+        NetworkCommand::Inspect { names } => each::inspect(&docker, "/networks", names).await,
+        NetworkCommand::Rm { names } => {
+            let remove = async |docker: &Docker, name: &str| {
+                docker.delete(&format!("/networks/{}", escape(name))).await?;
+                Ok(name.to_owned())
+            };
+            each::each(&docker, names, "remove", remove).await
         }
-        NetworkCommand::Rm { names } => Ok(each(names, "remove", async |name| {
-            docker.delete(&format!("/networks/{}", escape(name))).await?;
-            terminal::print(&format!("{name}\n"))?;
-            Ok(())
-        })
-        .await),
         NetworkCommand::Connect { ip, ip6, alias, network, container } => {
             let endpoint = endpoint(ip.as_deref(), ip6.as_deref(), alias, None);
             let body = json!({ "Container": container, "EndpointConfig": endpoint });
@@ -126,16 +119,4 @@ fn request(command: &NetworkCommand) -> Value {
         "Labels": pairs(label),
         "Options": pairs(opt),
     })
-}
-
-/// Does something to each; the exit code.
-async fn each(names: &[String], verb: &str, mut act: impl AsyncFnMut(&str) -> Result<()>) -> u8 {
-    let mut code = 0;
-    for name in names {
-        if let Err(error) = act(name).await.with_context(|| format!("cannot {verb} {name}")) {
-            eprintln!("coracle: {}", describe(&error));
-            code = 1;
-        }
-    }
-    code
 }

@@ -6,10 +6,11 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::each;
 use crate::{
     args::VolumeCommand,
     client::{self, Docker, escape},
-    failure::{Failure, Outcome, describe},
+    failure::{Failure, Outcome},
     paths::Home,
     table::Table,
     terminal,
@@ -41,22 +42,14 @@ pub(super) async fn run(home: &Home, command: &VolumeCommand) -> Outcome {
             Ok(0)
         }
         VolumeCommand::Ls { quiet, filter } => list(&docker, *quiet, filter).await,
-        VolumeCommand::Inspect { names } => {
-            let mut found: Vec<Value> = Vec::new();
-            let failed = each(names, "find", async |name| {
-                found.push(docker.get(&format!("/volumes/{}", escape(name))).await?);
-                Ok(())
-            })
-            .await;
-            terminal::print(&format!("{:#}\n", Value::from(found)))?;
-            Ok(failed)
+        VolumeCommand::Inspect { names } => each::inspect(&docker, "/volumes", names).await,
+        VolumeCommand::Rm { force, names } => {
+            let remove = async |docker: &Docker, name: &str| {
+                docker.delete(&format!("/volumes/{}?force={}", escape(name), u8::from(*force))).await?;
+                Ok(name.to_owned())
+            };
+            each::each(&docker, names, "remove", remove).await
         }
-        VolumeCommand::Rm { force, names } => Ok(each(names, "remove", async |name| {
-            docker.delete(&format!("/volumes/{}?force={}", escape(name), u8::from(*force))).await?;
-            terminal::print(&format!("{name}\n"))?;
-            Ok(())
-        })
-        .await),
         VolumeCommand::Prune { all, force } => prune(&docker, *all, *force).await,
     }
 }
@@ -121,16 +114,4 @@ fn confirmed(all: bool) -> Result<bool, Failure> {
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer).context("cannot read the answer")?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
-}
-
-/// Does something to each; the exit code.
-async fn each(names: &[String], verb: &str, mut act: impl AsyncFnMut(&str) -> Result<()>) -> u8 {
-    let mut code = 0;
-    for name in names {
-        if let Err(error) = act(name).await.with_context(|| format!("cannot {verb} {name}")) {
-            eprintln!("coracle: {}", describe(&error));
-            code = 1;
-        }
-    }
-    code
 }

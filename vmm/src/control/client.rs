@@ -2,48 +2,23 @@
 //! client's own reads replies and events. What the VMM sends is checked, and a VMM that breaks the protocol is
 //! treated as one that is gone.
 
-use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::message::{
-    Answer, AttachSegment, Boot, DetachSegment, Event, ExitReason, FromClient, FromVmm, Outcome, Request,
-    Status, VsockConnect, VsockListen,
-};
-use coracle_worker::socket::{self, Received, SocketError};
+pub use coracle_worker::control::ClientError;
+use coracle_worker::control::{Caller, Heard};
 
+use super::connect;
+use super::message::{
+    Answer, AttachSegment, Boot, DetachSegment, Event, ExitReason, FromVmm, Request, Status, VsockConnect,
+    VsockListen,
+};
+
+/// Who is called, in errors.
+const PEER: &str = "the VMM";
 /// How long a call waits for its reply. A VMM answers in microseconds, except for `boot`, which builds a machine.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(120);
-
-/// Why a call failed.
-#[derive(Debug, thiserror::Error)]
-pub enum ClientError {
-    /// The socket failed.
-    #[error("cannot talk to the VMM")]
-    Socket(#[from] SocketError),
-    /// The message could not be made.
-    #[error("cannot encode a request to the VMM")]
-    Encode(#[source] serde_json::Error),
-    /// The reading thread could not be started.
-    #[error("cannot start the thread that reads from the VMM")]
-    Thread(#[source] std::io::Error),
-    /// The VMM has ended or another client took over.
-    #[error("the connection to the VMM is closed")]
-    Closed,
-    /// The VMM did not answer in time.
-    #[error("the VMM did not answer within {} seconds", REPLY_TIMEOUT.as_secs())]
-    TimedOut,
-    /// The VMM answered with something else than was asked for.
-    #[error("the VMM gave an answer that does not fit the request")]
-    Unexpected,
-    /// The VMM said no.
-    #[error("the VMM refused: {0}")]
-    Refused(String),
-}
 
 /// Something that the VMM reported of its own accord.
 #[derive(Debug)]
@@ -63,44 +38,39 @@ pub enum Notice {
     Disconnected,
 }
 
-struct Shared {
-    socket: OwnedFd,
-    calls: Mutex<Calls>,
-}
-
-#[derive(Default)]
-struct Calls {
-    closed: bool,
-    waiting: HashMap<u64, SyncSender<Outcome>>,
-}
-
 /// A connection to a VMM. Dropping it closes the connection; the machine runs on.
-pub struct Client {
-    shared: Arc<Shared>,
-    next_id: AtomicU64,
-}
-
-impl std::fmt::Debug for Client {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Client").field("socket", &self.shared.socket).finish_non_exhaustive()
-    }
-}
+#[derive(Debug)]
+pub struct Client(Caller<Answer>);
 
 impl Client {
     /// Connects to the control socket at `path`. `on_notice` is called from the client's own thread.
     pub fn connect(path: &Path, on_notice: impl FnMut(Notice) + Send + 'static) -> Result<Self, ClientError> {
-        Self::new(socket::connect(path)?, on_notice)
+        let socket = connect(path).map_err(|source| ClientError::Socket { peer: PEER, source })?;
+        Self::new(socket, on_notice)
     }
 
     /// Uses a socket that is already connected.
-    pub fn new(socket: OwnedFd, on_notice: impl FnMut(Notice) + Send + 'static) -> Result<Self, ClientError> {
-        let shared = Arc::new(Shared { socket, calls: Mutex::default() });
-        let reader = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("vmm-client".into())
-            .spawn(move || read_until_closed(&reader, on_notice))
-            .map_err(ClientError::Thread)?;
-        Ok(Self { shared, next_id: AtomicU64::new(1) })
+    pub fn new(
+        socket: OwnedFd,
+        mut on_notice: impl FnMut(Notice) + Send + 'static,
+    ) -> Result<Self, ClientError> {
+        let hear = move |heard: Heard<'_>| {
+            let Heard::Message(bytes, mut fds) = heard else {
+                on_notice(Notice::Disconnected);
+                return Ok(None);
+            };
+            match serde_json::from_slice(bytes)? {
+                FromVmm::Reply(reply) => return Ok(Some(reply)),
+                FromVmm::Event(Event::Exited { reason }) => on_notice(Notice::Exited(reason)),
+                FromVmm::Event(Event::VsockAccepted { port, guest_port }) => {
+                    if let Some(stream) = fds.pop() {
+                        on_notice(Notice::VsockAccepted { port, guest_port, stream });
+                    }
+                }
+            }
+            Ok(None)
+        };
+        Caller::new(socket, PEER, REPLY_TIMEOUT, "vmm-client", hear).map(Self)
     }
 
     /// Builds the machine and starts it. `serial` must be given exactly when `boot.serial` is set.
@@ -149,9 +119,9 @@ impl Client {
 
     /// Asks what the machine is doing.
     pub fn status(&self) -> Result<Status, ClientError> {
-        match self.call(Request::Status, &[])? {
+        match self.0.call(Request::Status, &[])? {
             Answer::Status(status) => Ok(*status),
-            Answer::Done => Err(ClientError::Unexpected),
+            Answer::Done => Err(self.0.unexpected()),
         }
     }
 
@@ -171,96 +141,27 @@ impl Client {
     }
 
     fn done(&self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
-        match self.call(request, fds)? {
+        match self.0.call(request, fds)? {
             Answer::Done => Ok(()),
-            Answer::Status(_) => Err(ClientError::Unexpected),
+            Answer::Status(_) => Err(self.0.unexpected()),
         }
     }
-
-    fn call(&self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<Answer, ClientError> {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let bytes = serde_json::to_vec(&FromClient { id, request }).map_err(ClientError::Encode)?;
-        let (sender, receiver) = sync_channel(1);
-        {
-            let mut calls = self.shared.lock();
-            if calls.closed {
-                return Err(ClientError::Closed);
-            }
-            calls.waiting.insert(id, sender);
-        }
-        let sent = socket::send(&self.shared.socket, &bytes, fds);
-        let outcome = match sent {
-            Ok(()) => receiver.recv_timeout(REPLY_TIMEOUT),
-            Err(error) => {
-                self.shared.lock().waiting.remove(&id);
-                return Err(error.into());
-            }
-        };
-        match outcome {
-            Ok(Outcome::Ok(answer)) => Ok(answer),
-            Ok(Outcome::Error(message)) => Err(ClientError::Refused(message)),
-            Err(RecvTimeoutError::Disconnected) => Err(ClientError::Closed),
-            Err(RecvTimeoutError::Timeout) => {
-                self.shared.lock().waiting.remove(&id);
-                Err(ClientError::TimedOut)
-            }
-        }
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        // Wakes the reading thread, which holds the socket too. It fails only if the VMM is gone already.
-        let _ = rustix::net::shutdown(self.shared.socket.as_fd(), rustix::net::Shutdown::Both);
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Calls> {
-        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn read_until_closed(shared: &Shared, mut on_notice: impl FnMut(Notice)) {
-    while let Ok(Received::Message(bytes, mut fds)) = socket::receive(&shared.socket) {
-        match serde_json::from_slice(&bytes) {
-            Ok(FromVmm::Reply(reply)) => {
-                if let Some(sender) = shared.lock().waiting.remove(&reply.id) {
-                    // A caller that has given up is no longer listening.
-                    let _ = sender.send(reply.outcome);
-                }
-            }
-            Ok(FromVmm::Event(Event::Exited { reason })) => on_notice(Notice::Exited(reason)),
-            Ok(FromVmm::Event(Event::VsockAccepted { port, guest_port })) => {
-                if let Some(stream) = fds.pop() {
-                    on_notice(Notice::VsockAccepted { port, guest_port, stream });
-                }
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the VMM sent a message that cannot be read");
-                break;
-            }
-        }
-    }
-    let mut calls = shared.lock();
-    calls.closed = true;
-    calls.waiting.clear();
-    drop(calls);
-    on_notice(Notice::Disconnected);
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
-    use crate::control::message::Reply;
+    use crate::control::{FromClient, Outcome, Received, Reply, receive, send};
     use rustix::net::{AddressFamily, SocketFlags, SocketType};
     use std::sync::mpsc::channel;
 
     fn serve_one(server: &OwnedFd, outcome: Outcome) -> (FromClient, usize) {
-        let Received::Message(bytes, fds) = socket::receive(server).unwrap() else { panic!("closed") };
+        let Received::Message(bytes, fds) = receive(server).unwrap() else { panic!("closed") };
         let message: FromClient = serde_json::from_slice(&bytes).unwrap();
         let reply = FromVmm::Reply(Reply { id: message.id, outcome });
-        socket::send(server, &serde_json::to_vec(&reply).unwrap(), &[]).unwrap();
+        send(server, &serde_json::to_vec(&reply).unwrap(), &[]).unwrap();
         (message, fds.len())
     }
 
@@ -274,7 +175,7 @@ mod tests {
         let server = std::thread::spawn(move || {
             let file = tempfile::tempfile().unwrap();
             let event = FromVmm::Event(Event::VsockAccepted { port: 1024, guest_port: 7 });
-            socket::send(&right, &serde_json::to_vec(&event).unwrap(), &[file.as_fd()]).unwrap();
+            send(&right, &serde_json::to_vec(&event).unwrap(), &[file.as_fd()]).unwrap();
             let (message, fds) = serve_one(&right, Outcome::Ok(Answer::Done));
             assert_eq!(
                 (message.request, fds),
@@ -284,10 +185,10 @@ mod tests {
         });
         let file = tempfile::tempfile().unwrap();
         client.vsock_connect(9, file.as_fd()).unwrap();
-        assert!(matches!(client.pause(), Err(ClientError::Refused(text)) if text == "not now"));
+        assert!(matches!(client.pause(), Err(ClientError::Refused { reason, .. }) if reason == "not now"));
         server.join().unwrap();
         assert!(matches!(seen.recv().unwrap(), Notice::VsockAccepted { port: 1024, guest_port: 7, .. }));
         assert!(matches!(seen.recv().unwrap(), Notice::Disconnected));
-        assert!(matches!(client.status(), Err(ClientError::Closed | ClientError::Socket(_))));
+        assert!(matches!(client.status(), Err(ClientError::Closed { .. } | ClientError::Socket { .. })));
     }
 }

@@ -1,17 +1,15 @@
 //! The messages of the control protocol. They are plain serde types that refuse unknown fields, so that a
 //! misspelt option is an error and not a silent default.
 
+use coracle_worker::control;
 use serde::{Deserialize, Serialize};
 
-/// What a client sends: one request and the id its reply will carry.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FromClient {
-    /// Chosen by the client; comes back in the [`Reply`].
-    pub id: u64,
-    /// What is asked for.
-    pub request: Request,
-}
+/// What a client sends.
+pub type FromClient = control::FromClient<Request>;
+/// The reply to it.
+pub type Reply = control::Reply<Answer>;
+/// How a request went.
+pub type Outcome = control::Outcome<Answer>;
 
 /// A request. The descriptors that belong to it travel with the same message, in the order given here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,26 +139,6 @@ pub enum FromVmm {
     Reply(Reply),
     /// Something happened.
     Event(Event),
-}
-
-/// The answer to the request with the same id; id 0 when the request could not be decoded.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Reply {
-    /// The request's id.
-    pub id: u64,
-    /// How it went.
-    pub outcome: Outcome,
-}
-
-/// How a request went.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Outcome {
-    /// It was done.
-    Ok(Answer),
-    /// It was not, and why.
-    Error(String),
 }
 
 /// What a successful request gives back.
