@@ -47,7 +47,7 @@ pub struct Grant {
     pub kind: GrantKind,
     /// Whether changes are refused.
     pub read_only: bool,
-    /// Whom the files belong to.
+    /// Whom the files belong to; the same for all grants of a server.
     pub owners: Owners,
 }
 

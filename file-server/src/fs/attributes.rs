@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use crate::control::Owners;
 
 use super::owners::{self, Record, Shown, Version};
-use super::table::{Handle, Key, Node, Place, ROOT};
+use super::table::{Handle, Key, Node, ROOT};
 use super::{Exported, VALID, sys};
 
 impl Exported {
@@ -323,10 +323,8 @@ impl Exported {
     /// After a rename: the file that is there now, if the guest knows it, is found there from now on.
     pub(super) fn moved(&self, parent: &Arc<Node>, directory: BorrowedFd<'_>, name: &CStr) {
         let Ok(status) = sys::status(directory, name) else { return };
-        if let Some(node) = self.tables.known(Key::from(&status))
-            && !matches!(node.place(), Place::Root(_))
-        {
-            node.set_place(parent.id, name);
+        if let Some(node) = self.tables.known(Key::from(&status)) {
+            node.set_seen(parent.id, name);
         }
     }
 }

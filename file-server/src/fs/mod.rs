@@ -67,6 +67,16 @@ pub enum GrantError {
     /// Real owners need a server that is root.
     #[error("{0} cannot have real owners: the file server does not run as root")]
     NotRoot(GrantId),
+    /// All grants of a server have the same owners: trees may overlap, and a file is one node with one owner, however it was reached.
+    #[error(
+        "{id} cannot have other owners than {other}, which is granted already: revoke that first, or use another file server"
+    )]
+    OtherOwners {
+        /// The grant.
+        id: GrantId,
+        /// One that is in force.
+        other: GrantId,
+    },
     /// The descriptor could not be looked at.
     #[error("cannot look at the descriptor for {id}")]
     Look {
@@ -102,7 +112,7 @@ impl Exported {
     /// Opens a tree.
     ///
     /// # Errors
-    /// If the name is taken or `tree` is not what `grant` says.
+    /// If the name is taken, `tree` is not what `grant` says, or grants that are in force have other owners.
     pub fn grant(&self, grant: Grant, tree: OwnedFd) -> Result<(), GrantError> {
         let id = grant.id.clone();
         let look = |errno: rustix::io::Errno| GrantError::Look { id: id.clone(), source: errno.into() };
@@ -118,7 +128,7 @@ impl Exported {
         if grant.owners == Owners::Real && !self.identity.is_root() {
             return Err(GrantError::NotRoot(id));
         }
-        if self.tables.add_grant(grant, tree) { Ok(()) } else { Err(GrantError::Exists(id)) }
+        self.tables.add_grant(grant, tree, &status)
     }
 
     /// Closes a tree: what of it is open is closed, and nodes that are in no other grant are gone.

@@ -139,12 +139,10 @@ impl Clock {
 impl Exported {
     /// Where the node's file is, and its status there.
     pub(super) fn locate(&self, node: &Node) -> io::Result<(Location, Statx)> {
-        let location = match node.place() {
-            Place::Root(granted) => {
-                Ok(Location { fd: NodeFd::Path(granted.tree()?), name: CString::default() })
-            }
+        let location = node.place().and_then(|place| match place {
+            Place::Root(tree) => Ok(Location { fd: NodeFd::Path(tree), name: CString::default() }),
             Place::Child { parent, name } => self.locate_child(node, parent, name),
-        };
+        });
         let found = location.and_then(|location| {
             let status = sys::status(location.fd(), location.name())?;
             if Key::from(&status) == node.key { Ok((location, status)) } else { Err(Errno::STALE.into()) }
@@ -185,19 +183,19 @@ impl Exported {
             return Err(Errno::NOTDIR.into());
         }
         let mut missing: Vec<(u64, Key, Box<CStr>)> = Vec::new();
-        let mut at = (node.id, node.key, node.place());
+        let mut at = (node.id, node.key, node.place()?);
         let mut fd = loop {
             let (id, key, place) = at;
             if let Some(fd) = self.directories.get(id) {
                 break fd;
             }
             match place {
-                Place::Root(granted) => break granted.tree()?,
+                Place::Root(tree) => break tree,
                 Place::Child { .. } if missing.len() >= MAX_DEPTH => return Err(Errno::STALE.into()),
                 Place::Child { parent, name } => {
                     let above = self.tables.node(parent)?;
                     missing.push((id, key, name));
-                    at = (above.id, above.key, above.place());
+                    at = (above.id, above.key, above.place()?);
                 }
             }
         };

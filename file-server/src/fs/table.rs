@@ -13,6 +13,7 @@ use smallvec::{SmallVec, smallvec};
 
 use crate::control::{Grant, GrantId, Owners};
 
+use super::GrantError;
 use super::directory::Stream;
 use super::owners::Version;
 
@@ -28,6 +29,8 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Debug)]
 pub(super) struct Granted {
     pub(super) grant: Grant,
+    /// The file that its tree begins with.
+    root: Key,
     tree: Mutex<Option<Arc<OwnedFd>>>,
     revoked: AtomicBool,
 }
@@ -59,10 +62,12 @@ impl From<&Statx> for Key {
     }
 }
 
-/// Where a node was seen last.
+/// Where a node is to be found.
 #[derive(Debug, Clone)]
 pub(super) enum Place {
-    Root(Arc<Granted>),
+    /// It is what a grant begins with.
+    Root(Arc<OwnedFd>),
+    /// It was seen last in this directory.
     Child { parent: u64, name: Box<CStr> },
 }
 
@@ -80,19 +85,28 @@ pub(super) struct Node {
 #[derive(Debug)]
 struct NodeState {
     lookups: u64,
-    place: Place,
+    /// The directory and the name under which it was seen last.
+    seen: Option<(u64, Box<CStr>)>,
     grants: SmallVec<[Arc<Granted>; 1]>,
     open: SmallVec<[Weak<Handle>; 1]>,
     told: Option<Version>,
 }
 
 impl Node {
-    pub(super) fn place(&self) -> Place {
-        lock(&self.state).place.clone()
+    /// Where it is: what several grants begin with is found as long as one of them is in force.
+    pub(super) fn place(&self) -> io::Result<Place> {
+        let state = lock(&self.state);
+        let mut roots = state.grants.iter().filter(|granted| granted.root == self.key);
+        if let Some(tree) = roots.find_map(|granted| granted.tree().ok()) {
+            return Ok(Place::Root(tree));
+        }
+        let (parent, name) = state.seen.clone().ok_or(Errno::STALE)?;
+        Ok(Place::Child { parent, name })
     }
 
-    pub(super) fn set_place(&self, parent: u64, name: &CStr) {
-        lock(&self.state).place = Place::Child { parent, name: name.into() };
+    /// It was seen there.
+    pub(super) fn set_seen(&self, parent: u64, name: &CStr) {
+        lock(&self.state).seen = Some((parent, name.into()));
     }
 
     fn in_force(&self) -> bool {
@@ -162,15 +176,19 @@ struct Inner {
 }
 
 impl Tables {
-    pub(super) fn add_grant(&self, grant: Grant, tree: OwnedFd) -> bool {
+    pub(super) fn add_grant(&self, grant: Grant, tree: OwnedFd, status: &Statx) -> Result<(), GrantError> {
         let mut inner = lock(&self.inner);
-        if inner.grants.contains_key(&grant.id) {
-            return false;
-        }
         let id = grant.id.clone();
-        let tree = Mutex::new(Some(Arc::new(tree)));
-        inner.grants.insert(id, Arc::new(Granted { grant, tree, revoked: AtomicBool::new(false) }));
-        true
+        if inner.grants.contains_key(&id) {
+            return Err(GrantError::Exists(id));
+        }
+        let differs = |other: &&Arc<Granted>| other.grant.owners != grant.owners;
+        if let Some(other) = inner.grants.values().find(differs) {
+            return Err(GrantError::OtherOwners { id, other: other.grant.id.clone() });
+        }
+        let (root, tree) = (Key::from(status), Mutex::new(Some(Arc::new(tree))));
+        inner.grants.insert(id, Arc::new(Granted { grant, root, tree, revoked: AtomicBool::new(false) }));
+        Ok(())
     }
 
     /// Ends a grant and whatever was reached through it alone; gives the ids of the nodes that are gone.
@@ -221,15 +239,14 @@ impl Tables {
 
     /// Counts a look-up of a grant's root.
     pub(super) fn look_up_root(&self, granted: &Arc<Granted>, status: &Statx) -> Arc<Node> {
-        let place = Place::Root(Arc::clone(granted));
-        lock(&self.inner).look_up(place, status, &[Arc::clone(granted)], granted.grant.owners)
+        lock(&self.inner).look_up(None, status, &[Arc::clone(granted)], granted.grant.owners)
     }
 
     /// Counts a look-up of a name in a directory.
     pub(super) fn look_up(&self, parent: &Node, name: &CStr, status: &Statx) -> Arc<Node> {
         let grants = lock(&parent.state).grants.clone();
-        let place = Place::Child { parent: parent.id, name: name.into() };
-        lock(&self.inner).look_up(place, status, &grants, parent.owners)
+        let seen = Some((parent.id, name.into()));
+        lock(&self.inner).look_up(seen, status, &grants, parent.owners)
     }
 
     /// Takes look-ups back; whether the node is gone.
@@ -303,7 +320,7 @@ impl Tables {
 impl Inner {
     fn look_up(
         &mut self,
-        place: Place,
+        seen: Option<(u64, Box<CStr>)>,
         status: &Statx,
         grants: &[Arc<Granted>],
         owners: Owners,
@@ -316,7 +333,9 @@ impl Inner {
                 let node = Arc::clone(node);
                 let mut state = lock(&node.state);
                 state.lookups = state.lookups.saturating_add(1);
-                state.place = place;
+                if seen.is_some() {
+                    state.seen = seen;
+                }
                 state.grants.retain(|granted| granted.in_force());
                 for granted in grants {
                     if !state.grants.iter().any(|mine| Arc::ptr_eq(mine, granted)) {
@@ -328,7 +347,7 @@ impl Inner {
             }
         }
         self.last_node = self.last_node.max(ROOT) + 1;
-        let state = NodeState { lookups: 1, place, grants: grants.into(), open: smallvec![], told: None };
+        let state = NodeState { lookups: 1, seen, grants: grants.into(), open: smallvec![], told: None };
         let node = Arc::new(Node { id: self.last_node, key, kind, owners, state: Mutex::new(state) });
         self.nodes.insert(node.id, Arc::clone(&node));
         self.by_key.insert(key, node.id);

@@ -19,6 +19,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a single file is granted alone", single_file),
     ("one file is one file through several grants", several_grants),
     ("a grant that is taken back is closed", revoked),
+    ("a grant that is taken back leaves others of the same files alone", revoked_beside),
     ("grants that make no sense are refused", bad_grants),
     ("links that the host swaps in are never followed", swapped_links),
     ("between grants nothing is moved or linked", between_grants),
@@ -126,6 +127,33 @@ fn revoked(m: &Mounted) {
     assert_eq!(fs::read(inside.join("a/b/f")).unwrap(), b"x");
 }
 
+fn revoked_beside(m: &Mounted) {
+    fs::create_dir_all(m.outside.join("sub/deep")).unwrap();
+    for owned in ["sub", "sub/deep"] {
+        let owner = std::os::unix::fs::MetadataExt::uid(&fs::metadata(&m.outside).unwrap());
+        std::os::unix::fs::chown(m.outside.join(owned), Some(owner), None).unwrap();
+    }
+    let open = |path: std::path::PathBuf| {
+        rustix::fs::openat(CWD, path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap()
+    };
+    let held = [m.inside.clone(), m.inside.join("sub"), m.inside.join("sub/deep")].map(open);
+    // The same directory, and one beneath it, each found through its second grant last.
+    for (id, tree) in [("again", m.outside.clone()), ("sub", m.outside.join("sub"))] {
+        m.grant(id, &tree, false);
+        assert!(fs::read_dir(m.root.join(id)).unwrap().count() > 0);
+        m.client.revoke(name(id)).unwrap();
+        for directory in &held {
+            let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+            rustix::fs::openat(directory, format!("made-after-{id}"), flags, Mode::from_raw_mode(0o600))
+                .unwrap();
+            rustix::fs::fstat(directory).unwrap();
+        }
+    }
+    for made in ["made-after-again", "sub/made-after-sub", "sub/deep/made-after-sub"] {
+        assert!(m.outside.join(made).exists(), "{made}");
+    }
+}
+
 fn bad_grants(m: &Mounted) {
     let open = |path: &std::path::Path, flags| {
         rustix::fs::openat(CWD, path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap()
@@ -154,6 +182,9 @@ fn bad_grants(m: &Mounted) {
             Grant { owners: coracle_file_server::control::Owners::Real, ..grant("x", GrantKind::Directory) };
         refused(m.client.grant(real, tree.as_fd()), "does not run as root");
     }
+    let others = coracle_file_server::control::Owners::Kept { uid: 7, gid: 7 };
+    let others = Grant { owners: others, ..grant("x", GrantKind::Directory) };
+    refused(m.client.grant(others, tree.as_fd()), "cannot have other owners than g");
     let status = m.client.status().unwrap();
     assert_eq!(status.grants.len(), 1);
     assert!(!status.serving);
