@@ -1,4 +1,5 @@
-//! The file server as a program of its own. The daemon starts it with the control socket as descriptor 3; it logs to stderr.
+//! The file server as a program of its own, for tests: it takes the control socket as descriptor 3 and logs to stderr. (The
+//! daemon runs the same file server as a role of its own program.)
 
 use std::process::ExitCode;
 
@@ -11,13 +12,7 @@ fn main() -> ExitCode {
     match coracle_file_server::run_inherited() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut causes = vec![error.to_string()];
-            let mut next = std::error::Error::source(&error);
-            while let Some(source) = next {
-                causes.push(source.to_string());
-                next = source.source();
-            }
-            tracing::error!("{}", causes.join(": "));
+            tracing::error!("{}", coracle_worker::chain(&error));
             ExitCode::FAILURE
         }
     }

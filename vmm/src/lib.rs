@@ -9,18 +9,18 @@ pub mod jail;
 pub mod probe;
 
 mod arch;
-mod clock;
 mod devices;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod hypervisor;
-mod limit;
 mod machine;
 mod memory;
 mod server;
 mod sys;
 
 use std::os::fd::OwnedFd;
+
+use coracle_worker::{clock, limit};
 
 use control::ExitReason;
 use hypervisor::kvm::KvmHypervisor;

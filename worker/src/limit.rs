@@ -6,7 +6,8 @@ use std::time::Duration;
 use crate::clock;
 
 /// A lock-free limiter (GCRA): a burst, then one event per interval.
-pub(crate) struct Limiter {
+#[derive(Debug, Default)]
+pub struct Limiter {
     /// Monotonic nanoseconds at which the burst would be fully available again.
     horizon: AtomicU64,
 }
@@ -15,12 +16,13 @@ const INTERVAL: u64 = Duration::from_secs(5).as_nanos() as u64;
 const BURST: u64 = 10;
 
 impl Limiter {
-    pub(crate) const fn new() -> Self {
+    /// One that allows its whole burst.
+    pub const fn new() -> Self {
         Self { horizon: AtomicU64::new(0) }
     }
 
     /// Whether the event may be logged now.
-    pub(crate) fn allow(&self) -> bool {
+    pub fn allow(&self) -> bool {
         self.allow_at(clock::now())
     }
 
@@ -35,6 +37,7 @@ impl Limiter {
 }
 
 /// `tracing::warn!`, limited per call site.
+#[macro_export]
 macro_rules! warn_limited {
     ($($arguments:tt)*) => {{
         static LIMITER: $crate::limit::Limiter = $crate::limit::Limiter::new();
@@ -43,7 +46,7 @@ macro_rules! warn_limited {
         }
     }};
 }
-pub(crate) use warn_limited;
+pub use warn_limited;
 
 #[cfg(test)]
 mod tests {
