@@ -11,6 +11,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
+use coracle_worker::limit::warn_limited;
 use fuse_backend_rs::api::server::Server;
 use vhost::vhost_user::{BackendReqHandler, Error};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -43,7 +44,7 @@ pub fn serve(files: Arc<Exported>, frontend: UnixStream) -> io::Result<()> {
             Err(Error::Disconnected | Error::PartialMessage | Error::SocketBroken(_)) => return Ok(()),
             // The front end was told in its reply; it decides what to do.
             Err(error @ (Error::ReqHandlerError(_) | Error::InvalidParam | Error::InvalidOperation(_))) => {
-                tracing::warn!(%error, "a request of the VMM failed");
+                warn_limited!(%error, "a request of the VMM failed");
             }
             Err(error) => return Err(io::Error::other(error)),
         }

@@ -2,8 +2,8 @@
 
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, SendError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::server::Server;
@@ -22,17 +22,15 @@ pub(super) type Chain = DescriptorChain<Guard>;
 /// Threads for requests that may wait for a disk.
 const WAITERS: usize = 4;
 
-struct Waiting {
-    ring: Arc<Shared>,
-    chain: Chain,
+pub(super) struct Waiting {
+    pub(super) ring: Arc<Shared>,
+    pub(super) chain: Chain,
 }
 
 pub(crate) struct Requests {
     server: Server<Arc<Exported>>,
-    queue: Mutex<Option<Sender<Waiting>>>,
-    /// How many were handed over and are not finished.
-    busy: Mutex<usize>,
-    idle: Condvar,
+    /// To the waiters. Each ring bounds what it hands over.
+    queue: Sender<Waiting>,
 }
 
 impl Requests {
@@ -43,7 +41,14 @@ impl Requests {
             let receiver = Arc::clone(&receiver);
             std::thread::Builder::new().name("waiter".into()).spawn(move || wait_for_requests(&receiver))?;
         }
-        Ok(Self { server, queue: Mutex::new(Some(sender)), busy: Mutex::new(0), idle: Condvar::new() })
+        Ok(Self { server, queue: sender })
+    }
+
+    /// Without threads: what is handed over stays where it is.
+    #[cfg(test)]
+    pub(super) fn unattended(server: Server<Arc<Exported>>) -> (Self, Receiver<Waiting>) {
+        let (queue, receiver) = channel();
+        (Self { server, queue }, receiver)
     }
 
     /// Whether the request is one that a disk may keep waiting.
@@ -57,28 +62,10 @@ impl Requests {
 
     /// Lets another thread finish a request.
     pub(super) fn hand_over(&self, ring: Arc<Shared>, chain: Chain) {
-        *self.busy.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let refused = match &*queue {
-            Some(sender) => sender.send(Waiting { ring, chain }).err().map(|error| error.0),
-            None => Some(Waiting { ring, chain }),
-        };
-        drop(queue);
-        if let Some(waiting) = refused {
-            waiting.ring.finish(waiting.chain);
-            self.done();
+        // Without threads, this one does it.
+        if let Err(SendError(waiting)) = self.queue.send(Waiting { ring, chain }) {
+            waiting.ring.finish_handed_over(waiting.chain);
         }
-    }
-
-    fn done(&self) {
-        *self.busy.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        self.idle.notify_all();
-    }
-
-    /// Waits until nothing is handed over.
-    pub(super) fn wait_idle(&self) {
-        let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.idle.wait_while(busy, |busy| *busy > 0));
     }
 
     /// Answers a request; how many bytes were written.
@@ -93,7 +80,7 @@ impl Requests {
             Err(panic) => std::panic::resume_unwind(panic),
             #[cfg(not(any(test, feature = "fuzzing")))]
             Err(_) => {
-                tracing::error!("a request made the file server panic");
+                coracle_worker::limit::warn_limited!("a request made the file server panic");
                 answer_error(memory, chain).unwrap_or(0)
             }
         };
@@ -111,8 +98,7 @@ fn wait_for_requests(receiver: &Mutex<Receiver<Waiting>>) {
     loop {
         let received = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Waiting { ring, chain }) = received else { return };
-        ring.finish(chain);
-        ring.requests().done();
+        ring.finish_handed_over(chain);
     }
 }
 

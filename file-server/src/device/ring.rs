@@ -1,12 +1,14 @@
 //! One ring and its thread. The thread waits for kicks and serves what is in the ring; requests that may wait for a disk are handed to
-//! other threads, so that look-ups do not queue up behind an `fsync`.
+//! other threads, so that look-ups do not queue up behind an `fsync`. A ring never has more of them in hand than it has descriptors: a guest that
+//! asks for more, which an honest one cannot, is not served until some are finished.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use coracle_worker::limit::warn_limited;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use vhost::vhost_user::{Error, Result};
 use virtio_queue::{Queue, QueueT};
@@ -19,6 +21,8 @@ use super::{MAX_QUEUE_SIZE, Memory};
 pub(super) struct Shared {
     memory: Memory,
     state: Mutex<State>,
+    /// Nothing is in the hands of other threads.
+    idle: Condvar,
     enabled: AtomicBool,
     requests: Arc<Requests>,
 }
@@ -28,11 +32,39 @@ struct State {
     call: Option<OwnedFd>,
     /// A ring that makes no sense is left alone until it is set up again.
     broken: bool,
+    /// How many requests other threads have in hand.
+    handed_over: usize,
+    /// That is as many as may be: who finishes one wakes the ring's thread.
+    stalled: bool,
+    /// The ring's thread is to end.
+    stopping: bool,
+    /// Wakes the ring's thread.
+    wake: Option<Arc<OwnedFd>>,
+}
+
+impl State {
+    fn new() -> Self {
+        Self {
+            queue: new_queue(),
+            call: None,
+            broken: false,
+            handed_over: 0,
+            stalled: false,
+            stopping: false,
+            wake: None,
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(wake) = &self.wake {
+            // An event takes a number, or is full, and the thread wakes.
+            let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
+        }
+    }
 }
 
 struct Thread {
     handle: JoinHandle<()>,
-    stop: OwnedFd,
     kick: Arc<OwnedFd>,
 }
 
@@ -48,11 +80,9 @@ fn new_queue() -> Queue {
 
 impl Ring {
     pub(crate) fn new(memory: Memory, requests: Arc<Requests>) -> Self {
-        let state = Mutex::new(State { queue: new_queue(), call: None, broken: false });
-        Self {
-            shared: Arc::new(Shared { memory, state, enabled: AtomicBool::new(false), requests }),
-            thread: None,
-        }
+        let (state, idle) = (Mutex::new(State::new()), Condvar::new());
+        let enabled = AtomicBool::new(false);
+        Self { shared: Arc::new(Shared { memory, state, idle, enabled, requests }), thread: None }
     }
 
     /// Changes the queue.
@@ -69,14 +99,16 @@ impl Ring {
     /// Serves the ring upon kicks.
     pub(super) fn start(&mut self, kick: OwnedFd) -> io::Result<()> {
         self.stop_thread();
-        self.shared.lock().queue.set_ready(true);
-        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let stopped = stop.try_clone()?;
+        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let kick = Arc::new(kick);
-        let (shared, kicked) = (Arc::clone(&self.shared), Arc::clone(&kick));
+        let (shared, kicked, woken) = (Arc::clone(&self.shared), Arc::clone(&kick), Arc::clone(&wake));
+        let mut state = self.shared.lock();
         let handle =
-            std::thread::Builder::new().name("ring".into()).spawn(move || shared.run(&kicked, &stopped))?;
-        self.thread = Some(Thread { handle, stop, kick });
+            std::thread::Builder::new().name("ring".into()).spawn(move || shared.run(&kicked, &woken))?;
+        state.queue.set_ready(true);
+        (state.stopping, state.stalled, state.wake) = (false, false, Some(wake));
+        drop(state);
+        self.thread = Some(Thread { handle, kick });
         Ok(())
     }
 
@@ -93,15 +125,19 @@ impl Ring {
     /// Serves what is in the ring in this thread, and waits for what others have in hand.
     #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn serve_now(&mut self) {
-        self.shared.serve();
-        self.shared.requests.wait_idle();
+        loop {
+            self.shared.serve();
+            let mut state = self.shared.wait_idle();
+            if !std::mem::take(&mut state.stalled) {
+                return;
+            }
+        }
     }
 
-    /// Serves nothing more. Requests that others have in hand are finished first.
+    /// Serves nothing more. What others have in hand of this ring is finished first.
     pub(super) fn stop(&mut self) {
         self.stop_thread();
-        self.shared.requests.wait_idle();
-        let mut state = self.shared.lock();
+        let mut state = self.shared.wait_idle();
         state.queue.set_ready(false);
         state.call = None;
     }
@@ -116,9 +152,13 @@ impl Ring {
 
     fn stop_thread(&mut self) {
         if let Some(thread) = self.thread.take() {
-            // An event takes a number, and the thread ends, whatever happens.
-            let _ = rustix::io::write(&thread.stop, &1u64.to_ne_bytes());
+            {
+                let mut state = self.shared.lock();
+                state.stopping = true;
+                state.wake();
+            }
             let _ = thread.handle.join();
+            self.shared.lock().wake = None;
         }
     }
 }
@@ -130,34 +170,43 @@ impl Drop for Ring {
 }
 
 impl Shared {
-    pub(super) fn requests(&self) -> &Requests {
-        &self.requests
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(self: Arc<Self>, kick: &OwnedFd, stop: &OwnedFd) {
+    /// Waits until other threads have nothing of this ring in hand.
+    fn wait_idle(&self) -> MutexGuard<'_, State> {
+        self.idle
+            .wait_while(self.lock(), |state| state.handed_over > 0)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(self: Arc<Self>, kick: &OwnedFd, wake: &OwnedFd) {
         loop {
             let mut polled =
-                [PollFd::new(kick, PollFlags::IN), PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)];
+                [PollFd::new(kick, PollFlags::IN), PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN)];
             match poll(&mut polled, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return tracing::error!(%error, "cannot wait for a ring"),
             }
-            if !polled[1].revents().is_empty() {
-                return;
+            let woken = !polled[1].revents().is_empty();
+            if woken {
+                // It does not block.
+                let _ = rustix::io::read(wake, &mut [0; 8]);
+                if self.lock().stopping {
+                    return;
+                }
             }
             if polled[0].revents().intersects(PollFlags::ERR | PollFlags::NVAL | PollFlags::HUP) {
                 return tracing::error!("a ring's event is broken");
             }
-            if polled[0].revents().contains(PollFlags::IN) {
+            let kicked = polled[0].revents().contains(PollFlags::IN);
+            if kicked {
                 // Only this thread reads the event, so that it does not block.
                 let _ = rustix::io::read(kick, &mut [0; 8]);
-                if self.enabled.load(Ordering::Acquire) {
-                    self.serve();
-                }
+            }
+            if (kicked || woken) && self.enabled.load(Ordering::Acquire) {
+                self.serve();
             }
         }
     }
@@ -166,6 +215,7 @@ impl Shared {
     fn serve(self: &Arc<Self>) {
         while let Some(chain) = self.take() {
             if Requests::may_wait(&chain) {
+                self.lock().handed_over += 1;
                 self.requests.hand_over(Arc::clone(self), chain);
             } else {
                 self.finish(chain);
@@ -177,7 +227,11 @@ impl Shared {
     fn take(&self) -> Option<Chain> {
         let memory = self.memory.memory();
         let mut state = self.lock();
-        if state.broken || !state.queue.ready() {
+        if state.broken || state.stopping || !state.queue.ready() {
+            return None;
+        }
+        if state.handed_over >= usize::from(state.queue.size()) {
+            state.stalled = true;
             return None;
         }
         if let Some(chain) = state.queue.pop_descriptor_chain(memory.clone()) {
@@ -190,19 +244,31 @@ impl Shared {
         };
         // An index that says there is something where nothing can be taken.
         if more.is_none() {
-            tracing::warn!("a ring is broken: it is left alone until it is set up again");
+            warn_limited!("a ring is broken: it is left alone until it is set up again");
             state.broken = true;
         }
         more
     }
 
+    /// The same for a request that was handed over to this thread.
+    pub(super) fn finish_handed_over(&self, chain: Chain) {
+        self.finish(chain);
+        let mut state = self.lock();
+        state.handed_over -= 1;
+        if std::mem::take(&mut state.stalled) {
+            state.wake();
+        }
+        drop(state);
+        self.idle.notify_all();
+    }
+
     /// Answers a request and gives its buffers back.
-    pub(super) fn finish(&self, chain: Chain) {
+    fn finish(&self, chain: Chain) {
         let memory = self.memory.memory();
         let head = chain.head_index();
         let written = self.requests.answer(&memory, chain);
         let mut state = self.lock();
-        let State { queue, call, broken } = &mut *state;
+        let State { queue, call, broken, .. } = &mut *state;
         let notify =
             queue.add_used(&*memory, head, written).and_then(|()| queue.needs_notification(&*memory));
         match notify {
@@ -214,9 +280,80 @@ impl Shared {
             }
             Ok(false) => {}
             Err(error) => {
-                tracing::warn!(%error, "a ring is broken");
+                warn_limited!(%error, "a ring is broken");
                 *broken = true;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::time::Duration;
+
+    use fuse_backend_rs::abi::fuse_abi::Opcode;
+    use fuse_backend_rs::api::server::Server;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+    use crate::fs::{Exported, Identity, Proc};
+
+    const SIZE: u16 = 16;
+    const AVAILABLE: u64 = 0x1000;
+    const USED: u64 = 0x2000;
+    const REQUEST: u64 = 0x3000;
+
+    /// Offers requests that may wait until the ring has had so many in all.
+    fn offer(memory: &Memory, all: u16) {
+        memory.memory().write_obj(all, GuestAddress(AVAILABLE + 2)).unwrap();
+    }
+
+    fn ring(memory: &Memory, requests: &Arc<Requests>) -> Ring {
+        let mut ring = Ring::new(memory.clone(), Arc::clone(requests));
+        ring.configure(|queue| {
+            queue.set_size(SIZE);
+            queue.try_set_desc_table_address(GuestAddress(0)).unwrap();
+            queue.try_set_avail_ring_address(GuestAddress(AVAILABLE)).unwrap();
+            queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
+            queue.set_ready(true);
+        });
+        ring.enable(true).unwrap();
+        ring
+    }
+
+    #[test]
+    fn a_ring_has_no_more_in_hand_than_it_has_descriptors_and_others_do_not_wait_for_it() {
+        let memory = Memory::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap());
+        for head in 0..u64::from(SIZE) {
+            let descriptor = [REQUEST.to_le_bytes(), 40u64.to_le_bytes()].concat();
+            memory.memory().write_slice(&descriptor, GuestAddress(16 * head)).unwrap();
+        }
+        memory.memory().write_obj(Opcode::Fsync as u32, GuestAddress(REQUEST + 4)).unwrap();
+        let files = Exported::new(Proc::ABSOLUTE, Identity::of_process().unwrap(), 8);
+        let (requests, waiting) = Requests::unattended(Server::new(Arc::new(files)));
+        let requests = Arc::new(requests);
+        let (mut ring, mut other) = (ring(&memory, &requests), ring(&memory, &requests));
+        // A guest that offers its descriptors again before it has them back.
+        for all in [SIZE, 2 * SIZE] {
+            offer(&memory, all);
+            ring.shared.serve();
+        }
+        let mut in_hand: VecDeque<_> = waiting.try_iter().collect();
+        assert_eq!(in_hand.len(), usize::from(SIZE));
+        other.stop();
+        // Whenever one is finished, another one is taken.
+        let kick = eventfd(1, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+        ring.start(kick).unwrap();
+        for _ in 0..SIZE {
+            let finished = in_hand.pop_front().unwrap();
+            finished.ring.finish_handed_over(finished.chain);
+            in_hand.push_back(waiting.recv_timeout(Duration::from_secs(10)).unwrap());
+        }
+        for finished in in_hand {
+            finished.ring.finish_handed_over(finished.chain);
+        }
+        ring.stop();
+        assert_eq!(memory.memory().read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 2 * SIZE);
     }
 }
