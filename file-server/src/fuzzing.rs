@@ -68,7 +68,7 @@ impl Guest {
         rustix::fs::mknodat(CWD, tree.join("pipe"), rustix::fs::FileType::Fifo, Mode::RUSR, 0)
             .expect("a pipe");
         let identity = Identity::of_process().expect("an identity");
-        let files = Exported::new(Proc::ABSOLUTE, identity, 8);
+        let files = Exported::new(Proc::ABSOLUTE, identity, 64);
         let owners = if kept || !identity.is_root() { Owners::Kept { uid: 0, gid: 0 } } else { Owners::Real };
         for (id, read_only) in [("g", false), ("ro", true)] {
             let fd = rustix::fs::openat(CWD, &tree, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())

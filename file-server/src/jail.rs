@@ -1,10 +1,11 @@
 //! What the server gives up before it serves anybody: the pieces of [`coracle_worker::jail`] that fit.
 //!
-//! It keeps the rights of its user to files, since it acts for that user, but has no path to them: its root is empty, its working directory
-//! is `/proc/self/fd`, and what it opens it opens beneath the grants' descriptors. As root it keeps the capabilities that concern owners
+//! It keeps the rights of its user to files, since it acts for that user, but has no path to them where the host allows namespaces: its root is
+//! empty then. Where the host does not, the root stays the host's; [`Jail::namespaces`], the log and the server's status say so. Either way
+//! its working directory is `/proc/self/fd`, and what it opens it opens beneath the grants' descriptors. As root it keeps the capabilities that concern owners
 //! and modes of files, not the one that opens files by handles (`CAP_DAC_READ_SEARCH`), and no others.
 //!
-//! What the jail does not do: a directory's descriptor leads upwards as well, so that code that is not ours, once it ran in this process, could
+//! What the jail does not do: a directory's descriptor leads upwards as well (and a root that is the host's leads everywhere), so that code that is not ours, once it ran in this process, could
 //! leave the grants with the user's rights. Against that stands that there is no such code: nothing here is executable but the program.
 
 use std::io;
@@ -18,19 +19,28 @@ use rustix::thread::CapabilitySet;
 /// More than any machine has open at once; the host's limit counts too.
 const MAX_DESCRIPTORS: u64 = 1 << 20;
 
-/// Confines the process for the rest of its life, except for the descriptors to keep. It must have one thread only. Gives how many descriptors it
-/// may have; its working directory is `/proc/self/fd` then.
+/// What a process that is confined has.
+#[derive(Debug, Clone, Copy)]
+pub struct Jail {
+    /// How many descriptors it may have.
+    pub descriptors: u64,
+    /// Whether it has left the host's namespaces. Some hosts do not allow that.
+    pub namespaces: bool,
+}
+
+/// Confines the process for the rest of its life, except for the descriptors to keep. It must have one thread only. Its working directory is `/proc/self/fd` then.
 ///
 /// # Errors
 /// Where a layer that every supported kernel has cannot be put up.
-pub fn enter(keep: &[RawFd]) -> io::Result<u64> {
+pub fn enter(keep: &[RawFd]) -> io::Result<Jail> {
     rustix::thread::set_no_new_privs(true)?;
     jail::close_others(keep)?;
     let descriptors = jail::limit_resources(MAX_DESCRIPTORS)?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let own = rustix::fs::openat(CWD, "/proc/self/fd", flags, Mode::empty())?;
-    if let Err(error) = jail::leave_namespaces(Users::KeepMine) {
-        tracing::info!(%error, "the host allows no namespaces: the file server does without");
+    let left = jail::leave_namespaces(Users::KeepMine);
+    if let Err(error) = &left {
+        tracing::warn!(%error, "the host allows no namespaces: the file server can see the host's files by their paths");
     }
     rustix::process::fchdir(&own)?;
     drop(own);
@@ -40,7 +50,7 @@ pub fn enter(keep: &[RawFd]) -> io::Result<u64> {
     jail::forbid_ports()?;
     filter::hide_clone3()?;
     filter::install(calls())?;
-    Ok(descriptors)
+    Ok(Jail { descriptors, namespaces: left.is_ok() })
 }
 
 fn calls() -> Vec<Call> {

@@ -19,9 +19,6 @@ use std::sync::Arc;
 
 use fs::{Exported, Proc};
 
-/// The most directories to keep open for look-ups.
-const MAX_DIRECTORIES: usize = 4096;
-
 /// Why the file server could not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -39,11 +36,6 @@ pub enum RunError {
     /// The control socket failed.
     #[error("the control socket failed")]
     Serve(#[source] io::Error),
-}
-
-/// How many directories to keep open, if the process may have so many descriptors: the guest's own open files must have room.
-pub fn directories_for(descriptors: u64) -> usize {
-    usize::try_from(descriptors / 4).unwrap_or(MAX_DIRECTORIES).clamp(8, MAX_DIRECTORIES)
 }
 
 /// Runs the file server on the control socket that the process inherited as descriptor 3. Call it first thing in the process.
@@ -76,8 +68,8 @@ pub fn run_beside(
     let identity = fs::Identity::of_process().map_err(RunError::Identity)?;
     let mut keep = keep.to_vec();
     keep.push(coracle_worker::jail::number(&control));
-    let descriptors = jail::enter(&keep).map_err(RunError::Jail)?;
-    let files = Arc::new(Exported::new(Proc::WORKING_DIRECTORY, identity, directories_for(descriptors)));
+    let jail = jail::enter(&keep).map_err(RunError::Jail)?;
+    let files = Arc::new(Exported::new(Proc::WORKING_DIRECTORY, identity, jail.descriptors));
     beside(Arc::clone(&files));
-    server::serve(&control, files).map_err(RunError::Serve)
+    server::serve(&control, files, jail.namespaces).map_err(RunError::Serve)
 }

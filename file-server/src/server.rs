@@ -6,27 +6,41 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use coracle_worker::chain;
+use coracle_worker::limit::warn_limited;
 use coracle_worker::socket::{self, Received, SocketError};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::sockopt::socket_type;
 
 use crate::control::{Answer, FromClient, Outcome, Reply, Request, Status};
 use crate::device;
 use crate::fs::Exported;
 
-/// Serves `listener` until the machine is over, or the last client is gone without having asked to serve one.
-pub(crate) fn serve(listener: &OwnedFd, files: Arc<Exported>) -> io::Result<()> {
+/// How long to leave the listener alone when a client cannot be accepted, unless something else happens before: other processes give
+/// descriptors back, too, and nobody says so.
+const PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
+/// Serves `listener` until the machine is over, or the last client is gone without having asked to serve one. `namespaces` is whether the process
+/// has left the host's.
+pub(crate) fn serve(listener: &OwnedFd, files: Arc<Exported>, namespaces: bool) -> io::Result<()> {
     let over = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-    let mut server = Server { files, over, serving: false, client: None };
+    let mut server = Server { files, over, namespaces, serving: false, deaf: false, client: None };
     loop {
         let [over, new, spoken] = server.wait(listener)?;
         if over {
             tracing::info!("the machine is over");
             return Ok(());
         }
-        if new && let Ok(client) = socket::accept(listener.as_fd()) {
-            server.client = Some(client);
-            continue;
+        if new {
+            match socket::accept(listener.as_fd()) {
+                Ok(client) => {
+                    server.client = Some(client);
+                    continue;
+                }
+                Err(error) => {
+                    warn_limited!(error = chain(&error), "a client cannot be accepted");
+                    server.deaf = true;
+                }
+            }
         }
         if spoken {
             server.serve_client();
@@ -41,19 +55,24 @@ pub(crate) fn serve(listener: &OwnedFd, files: Arc<Exported>) -> io::Result<()> 
 struct Server {
     files: Arc<Exported>,
     over: Arc<OwnedFd>,
+    namespaces: bool,
     serving: bool,
+    /// The listener is not to be waited for this time.
+    deaf: bool,
     client: Option<OwnedFd>,
 }
 
 impl Server {
     /// Waits until the machine is over, there is a new client, or the client says something.
-    fn wait(&self, listener: &OwnedFd) -> io::Result<[bool; 3]> {
+    fn wait(&mut self, listener: &OwnedFd) -> io::Result<[bool; 3]> {
+        let deaf = std::mem::take(&mut self.deaf);
+        let listen = if deaf { PollFlags::empty() } else { PollFlags::IN };
         let mut polled = vec![
             PollFd::from_borrowed_fd(self.over.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(listener.as_fd(), listen),
         ];
         polled.extend(self.client.as_ref().map(|client| PollFd::new(client, PollFlags::IN)));
-        match poll(&mut polled, None) {
+        match poll(&mut polled, deaf.then_some(&PATIENCE)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
@@ -112,7 +131,13 @@ impl Server {
 
     fn status(&self) -> Status {
         let (nodes, open) = self.files.counts();
-        Status { serving: self.serving, grants: self.files.grants(), nodes, open }
+        Status {
+            serving: self.serving,
+            namespaces: self.namespaces,
+            grants: self.files.grants(),
+            nodes,
+            open,
+        }
     }
 
     fn start(&mut self, frontend: OwnedFd) -> Result<(), String> {

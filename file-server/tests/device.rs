@@ -226,6 +226,7 @@ fn a_machine_reads_what_it_was_granted_until_that_is_taken_back() {
     assert_eq!(error, 0);
     let status = machine.client.status().unwrap();
     assert_eq!((status.serving, status.nodes, status.open), (true, 2, 1));
+    assert!(status.namespaces);
     machine.client.revoke(GrantId::try_from("tree".to_owned()).unwrap()).unwrap();
     assert_eq!(machine.ask(15, file, &read).0, -libc::EBADF);
     assert_eq!(machine.look_up(grant, "file"), Err(libc::ESTALE));

@@ -144,6 +144,9 @@ pub enum Answer {
 pub struct Status {
     /// Whether it serves a machine.
     pub serving: bool,
+    /// Whether it has left the host's namespaces, so that it sees no paths of the host. Some hosts do not allow that.
+    #[serde(default)]
+    pub namespaces: bool,
     /// Its grants, in order of their names.
     pub grants: Vec<Grant>,
     /// Files and directories that the machine holds references to.

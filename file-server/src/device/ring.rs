@@ -330,7 +330,7 @@ mod tests {
             memory.memory().write_slice(&descriptor, GuestAddress(16 * head)).unwrap();
         }
         memory.memory().write_obj(Opcode::Fsync as u32, GuestAddress(REQUEST + 4)).unwrap();
-        let files = Exported::new(Proc::ABSOLUTE, Identity::of_process().unwrap(), 8);
+        let files = Exported::new(Proc::ABSOLUTE, Identity::of_process().unwrap(), 64);
         let (requests, waiting) = Requests::unattended(Server::new(Arc::new(files)));
         let requests = Arc::new(requests);
         let (mut ring, mut other) = (ring(&memory, &requests), ring(&memory, &requests));

@@ -90,10 +90,11 @@ impl Exported {
             return Ok(0);
         }
         let node = self.tables.node(id)?;
+        let slot = self.tables.slot()?;
         let fd = self.directory(&node)?;
         let file =
             self.with_room(|| sys::reopen(self.proc, fd.as_fd(), OFlags::RDONLY | OFlags::DIRECTORY))?;
-        Ok(self.tables.add_handle(&node, file))
+        Ok(self.tables.add_handle(&node, file, slot))
     }
 
     /// Lists a directory from a position on, with what a look-up of each entry would give if `plus`.

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::owners::Version;
 use super::resolve::component;
+use super::slots::Slot;
 use super::sys::{self, Transfer};
 use super::table::{Node, ROOT};
 use super::{Exported, create::Parent};
@@ -28,8 +29,9 @@ impl Exported {
             return Err(Errno::ISDIR.into());
         }
         let node = self.tables.node(id)?;
+        let slot = self.tables.slot()?;
         let fd = self.fd(&node)?;
-        self.open_found(&node, fd.as_fd(), flags, kill_set_id)
+        self.open_found(&node, fd.as_fd(), flags, kill_set_id, slot)
     }
 
     /// Opens the node's file, to which `fd` leads.
@@ -39,6 +41,7 @@ impl Exported {
         fd: BorrowedFd<'_>,
         flags: u32,
         kill_set_id: bool,
+        slot: Slot,
     ) -> io::Result<(u64, OpenOptions)> {
         let flags = host_flags(flags)?;
         let changes = flags.intersects(OFlags::WRONLY | OFlags::RDWR | OFlags::TRUNC);
@@ -56,7 +59,7 @@ impl Exported {
             node.tell(version);
         }
         let options = if same { OpenOptions::KEEP_CACHE } else { OpenOptions::empty() };
-        Ok((self.tables.add_handle(node, file), options))
+        Ok((self.tables.add_handle(node, file, slot), options))
     }
 
     /// Opens a regular file to which `fd` leads.
@@ -101,13 +104,14 @@ impl Exported {
         create: &Create,
     ) -> io::Result<(Entry, u64, OpenOptions)> {
         let parent = self.parent(parent)?;
+        let slot = self.tables.slot()?;
         let name = component(name)?;
         let flags = host_flags(create.flags)?;
         let mode = libc::S_IFREG | (create.mode & 0o7777);
         let file = match self.create_file(&parent, name, mode, flags & OFlags::ACCMODE) {
             Ok(file) => file,
             Err(Errno::EXIST) if create.flags & libc::O_EXCL as u32 == 0 => {
-                return self.open_existing(&parent, name, create);
+                return self.open_existing(&parent, name, create, slot);
             }
             Err(errno) => return Err(errno.into()),
         };
@@ -119,7 +123,7 @@ impl Exported {
         let (shown, _) = self.shown(parent.node.owners, file.as_fd(), c"", &status);
         let node = self.tables.look_up(&parent.node, name, &status);
         let entry = self.entry(&node, &status, shown);
-        Ok((entry, self.tables.add_handle(&node, file), OpenOptions::KEEP_CACHE))
+        Ok((entry, self.tables.add_handle(&node, file, slot), OpenOptions::KEEP_CACHE))
     }
 
     /// Opens a file that was there after all.
@@ -128,13 +132,14 @@ impl Exported {
         parent: &Parent,
         name: &CStr,
         create: &Create,
+        slot: Slot,
     ) -> io::Result<(Entry, u64, OpenOptions)> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = self.with_room(|| rustix::fs::openat(&parent.fd, name, flags, Mode::empty()))?;
         let status = sys::status(fd.as_fd(), c"")?;
         let node = self.tables.look_up(&parent.node, name, &status);
         let opened =
-            self.open_found(&node, fd.as_fd(), create.flags, create.kill_set_id).and_then(|opened| {
+            self.open_found(&node, fd.as_fd(), create.flags, create.kill_set_id, slot).and_then(|opened| {
                 let status = sys::status(fd.as_fd(), c"")?;
                 let (shown, _) = self.shown(node.owners, fd.as_fd(), c"", &status);
                 Ok((self.entry(&node, &status, shown), opened.0, opened.1))

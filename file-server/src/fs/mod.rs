@@ -15,7 +15,8 @@
 //! guest kernel's own: they hold among containers and are not seen by the host's processes.
 //!
 //! Nodes need no descriptor: they remember a directory and a name (`resolve`). Memory grows with what the guest references and shrinks when
-//! it forgets; descriptors are bounded by a cache of directories plus what the guest has open.
+//! it forgets; descriptors are bounded by a cache of directories plus what the guest has open, of which the process's limit allows only so much
+//! (`slots`): the guest is told ENFILE beyond that.
 //!
 //! Coherence: attributes and names may be up to [`VALID`] old in the guest; missing names are not remembered. Opening a file that has
 //! changed since its attributes were told drops the guest's cached pages; while it is open, the guest looks at size and time of change when the
@@ -28,6 +29,7 @@ mod files;
 mod fuse;
 mod owners;
 mod resolve;
+mod slots;
 mod sys;
 mod table;
 mod xattr;
@@ -77,6 +79,11 @@ pub enum GrantError {
         /// One that is in force.
         other: GrantId,
     },
+    /// There must be descriptors left for the server's own work.
+    #[error(
+        "{0} cannot be granted: as much is open as the host's limit of descriptors allows (`ulimit -Hn`); raise that limit, or revoke other grants"
+    )]
+    Full(GrantId),
     /// The descriptor could not be looked at.
     #[error("cannot look at the descriptor for {id}")]
     Look {
@@ -98,12 +105,12 @@ pub struct Exported {
 }
 
 impl Exported {
-    /// A file system without grants. `descriptors` is how many descriptors of directories it may keep open for itself; a few more are in
-    /// use while requests are served, and one for each file or directory that the guest has open.
-    pub fn new(proc: Proc, identity: Identity, descriptors: usize) -> Self {
+    /// A file system without grants, in a process that may have so many descriptors.
+    pub fn new(proc: Proc, identity: Identity, descriptors: u64) -> Self {
+        let directories = usize::try_from(slots::directories_for(descriptors)).unwrap_or(usize::MAX);
         Self {
-            tables: Tables::default(),
-            directories: resolve::Directories::new(descriptors),
+            tables: Tables::new(descriptors),
+            directories: resolve::Directories::new(directories),
             identity,
             proc,
         }
@@ -112,7 +119,7 @@ impl Exported {
     /// Opens a tree.
     ///
     /// # Errors
-    /// If the name is taken, `tree` is not what `grant` says, or grants that are in force have other owners.
+    /// If the name is taken, `tree` is not what `grant` says, grants that are in force have other owners, or there are no descriptors left.
     pub fn grant(&self, grant: Grant, tree: OwnedFd) -> Result<(), GrantError> {
         let id = grant.id.clone();
         let look = |errno: rustix::io::Errno| GrantError::Look { id: id.clone(), source: errno.into() };

@@ -16,6 +16,7 @@ use crate::control::{Grant, GrantId, Owners};
 use super::GrantError;
 use super::directory::Stream;
 use super::owners::Version;
+use super::slots::{Slot, Slots};
 
 /// Node of the exported root.
 pub(super) const ROOT: u64 = 1;
@@ -31,14 +32,14 @@ pub(super) struct Granted {
     pub(super) grant: Grant,
     /// The file that its tree begins with.
     root: Key,
-    tree: Mutex<Option<Arc<OwnedFd>>>,
+    tree: Mutex<Option<(Arc<OwnedFd>, Slot)>>,
     revoked: AtomicBool,
 }
 
 impl Granted {
     /// The root, if the grant is still in force.
     pub(super) fn tree(&self) -> io::Result<Arc<OwnedFd>> {
-        lock(&self.tree).clone().ok_or_else(|| Errno::STALE.into())
+        lock(&self.tree).as_ref().map(|(tree, _)| Arc::clone(tree)).ok_or_else(|| Errno::STALE.into())
     }
 
     fn in_force(&self) -> bool {
@@ -149,6 +150,7 @@ impl Node {
 pub(super) struct Handle {
     pub(super) node: Arc<Node>,
     file: OwnedFd,
+    _slot: Slot,
     /// Where a directory is being read.
     pub(super) stream: Mutex<Stream>,
 }
@@ -159,9 +161,10 @@ impl AsFd for Handle {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Tables {
     inner: Mutex<Inner>,
+    slots: Slots,
 }
 
 #[derive(Debug, Default)]
@@ -176,6 +179,11 @@ struct Inner {
 }
 
 impl Tables {
+    /// Tables of a process that may have so many descriptors.
+    pub(super) fn new(descriptors: u64) -> Self {
+        Self { inner: Mutex::default(), slots: Slots::new(descriptors) }
+    }
+
     pub(super) fn add_grant(&self, grant: Grant, tree: OwnedFd, status: &Statx) -> Result<(), GrantError> {
         let mut inner = lock(&self.inner);
         let id = grant.id.clone();
@@ -186,7 +194,8 @@ impl Tables {
         if let Some(other) = inner.grants.values().find(differs) {
             return Err(GrantError::OtherOwners { id, other: other.grant.id.clone() });
         }
-        let (root, tree) = (Key::from(status), Mutex::new(Some(Arc::new(tree))));
+        let slot = self.slots.for_grant().ok_or_else(|| GrantError::Full(id.clone()))?;
+        let (root, tree) = (Key::from(status), Mutex::new(Some((Arc::new(tree), slot))));
         inner.grants.insert(id, Arc::new(Granted { grant, root, tree, revoked: AtomicBool::new(false) }));
         Ok(())
     }
@@ -272,8 +281,14 @@ impl Tables {
         drop(gone);
     }
 
-    pub(super) fn add_handle(&self, node: &Arc<Node>, file: OwnedFd) -> u64 {
-        let handle = Arc::new(Handle { node: Arc::clone(node), file, stream: Mutex::default() });
+    /// A place for a handle, to be taken before anything is opened for it.
+    pub(super) fn slot(&self) -> Result<Slot, Errno> {
+        self.slots.for_guest().ok_or(Errno::NFILE)
+    }
+
+    pub(super) fn add_handle(&self, node: &Arc<Node>, file: OwnedFd, slot: Slot) -> u64 {
+        let stream = Mutex::default();
+        let handle = Arc::new(Handle { node: Arc::clone(node), file, _slot: slot, stream });
         {
             let mut state = lock(&node.state);
             state.open.retain(|weak| weak.strong_count() > 0);

@@ -3,6 +3,8 @@
 use std::fs::{self, File};
 use std::time::Duration;
 
+use coracle_file_server::control::Client;
+
 use crate::Case;
 use crate::host::Mounted;
 
@@ -74,7 +76,7 @@ fn forgotten(m: &Mounted) {
 }
 
 fn too_many_open(m: &Mounted) {
-    let small = Mounted::with_descriptors(m.who, 64);
+    let mut small = Mounted::with_descriptors(m.who, 64);
     let path = small.inside.join("f");
     fs::write(&path, "x").unwrap();
     let mut open = Vec::new();
@@ -87,6 +89,10 @@ fn too_many_open(m: &Mounted) {
     };
     assert!(matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)), "{error}");
     assert!(open.len() > 30);
+    // The daemon is heard all the same, also one that came back, and may grant more.
+    small.client = Client::connect(&small.folder.path().join("control"), || ()).unwrap();
+    small.grant("more", &small.outside, true);
+    assert_eq!(small.client.status().unwrap().open, open.len() as u64);
     drop(open);
     let deadline = std::time::Instant::now() + Duration::from_secs(5);
     while fs::read(&path).is_err() {
