@@ -118,13 +118,17 @@ impl Exported {
         let mut given = false;
         loop {
             if stream.entries.is_empty() {
-                stream.fill(&handle)?;
+                match stream.fill(&handle) {
+                    // The guest gets what it has got, whose look-ups were counted; the error comes again.
+                    Err(_) if given => return Ok(()),
+                    result => result?,
+                }
             }
             let Some(item) = stream.entries.front() else { return Ok(()) };
             match self.give_item(&handle, item, plus, give) {
                 Ok(0) => return Ok(()),
                 Ok(_) => {}
-                // The guest gets what it has got; the error comes again at this entry.
+                // As above.
                 Err(_) if given => return Ok(()),
                 Err(error) => return Err(error),
             }
@@ -163,6 +167,7 @@ impl Exported {
     fn list_root(&self, position: u64, plus: bool, give: &mut Give<'_>) -> io::Result<()> {
         let grants = self.tables.grants();
         let skipped = usize::try_from(position).unwrap_or(usize::MAX);
+        let mut any = false;
         for (index, grant) in grants.iter().enumerate().skip(skipped) {
             let Ok(name) = CString::new(grant.id.as_str()) else { continue };
             let Ok(entry) = self.find(ROOT, &name) else { continue };
@@ -176,8 +181,11 @@ impl Exported {
             if !plus || !matches!(given, Ok(1..)) {
                 self.forget_node(entry.inode, 1);
             }
-            if given? == 0 {
-                break;
+            match given {
+                Ok(0) => break,
+                Ok(_) => any = true,
+                Err(_) if any => break,
+                Err(error) => return Err(error),
             }
         }
         Ok(())
