@@ -1,12 +1,13 @@
 //! What the server gives up before it serves anybody: the pieces of [`coracle_worker::jail`] that fit.
 //!
 //! It keeps the rights of its user to files, since it acts for that user, but has no path to them where the host allows namespaces: its root is
-//! empty then. Where the host does not, the root stays the host's; [`Jail::namespaces`], the log and the server's status say so. Either way
-//! its working directory is `/proc/self/fd`, and what it opens it opens beneath the grants' descriptors. As root it keeps the capabilities that concern owners
-//! and modes of files, not the one that opens files by handles (`CAP_DAC_READ_SEARCH`), and no others.
+//! empty then. Where the host does not, the root stays the host's; [`Jail::namespaces`], the log and the server's status say so. Either way its
+//! working directory is `/proc/self/fd`, and what it opens it opens beneath the grants' descriptors. As root it keeps the capabilities that
+//! concern owners and modes of files, not the one that opens files by handles (`CAP_DAC_READ_SEARCH`), and no others.
 //!
-//! What the jail does not do: a directory's descriptor leads upwards as well (and a root that is the host's leads everywhere), so that code that is not ours, once it ran in this process, could
-//! leave the grants with the user's rights. Against that stands that there is no such code: nothing here is executable but the program.
+//! What the jail does not do: a directory's descriptor leads upwards as well (and a root that is the host's leads everywhere), so that code
+//! that is not ours, once it ran in this process, could leave the grants with the user's rights. Against that stands that there is no such
+//! code: nothing here is executable but the program.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -28,7 +29,8 @@ pub struct Jail {
     pub namespaces: bool,
 }
 
-/// Confines the process for the rest of its life, except for the descriptors to keep. It must have one thread only. Its working directory is `/proc/self/fd` then.
+/// Confines the process for the rest of its life, except for the descriptors to keep. It must have one thread only. Its working directory is
+/// `/proc/self/fd` then.
 ///
 /// # Errors
 /// Where a layer that every supported kernel has cannot be put up.

@@ -28,10 +28,8 @@ use hypervisor::kvm::KvmHypervisor;
 /// Why the VMM could not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// Descriptor 3 is not what it should be.
-    #[error(
-        "the VMM needs a listening SOCK_SEQPACKET unix socket as descriptor 3; it is started by the daemon, not by hand"
-    )]
+    /// The descriptor is not what it should be.
+    #[error("the VMM needs a listening SOCK_SEQPACKET unix socket; it is started by the daemon, not by hand")]
     NoControlSocket(#[source] std::io::Error),
     /// The process could not be confined.
     #[error("the VMM cannot give up its privileges")]

@@ -1,7 +1,8 @@
 //! The file system as the FUSE protocol's server sees it: takes requests apart and passes them on.
 //!
-//! What is not here is answered with ENOSYS, upon which the kernel does without: `flush` (writes reach the host at once, so that closing has
-//! nothing to do), `access` (the kernel decides by what it is shown), locks (the kernel has its own), DAX.
+//! What is not here is answered with ENOSYS, upon which the kernel does without or says that it is not supported: `flush` (writes reach the
+//! host at once, so that closing has nothing to do), `access` (the kernel decides by what it is shown), locks (the kernel has its own),
+//! `copy_file_range` (the kernel reads and writes), `syncfs`, `tmpfile`, `statx`, `poll`, `ioctl`, `bmap`, DAX.
 
 use std::ffi::CStr;
 use std::io;

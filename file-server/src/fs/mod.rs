@@ -6,7 +6,8 @@
 //! - A name is one component: neither empty nor `.` nor `..`, without `/`. It is opened with `O_PATH | O_NOFOLLOW` beneath its directory
 //!   (`openat2`), and used only if it is the same file (device and inode number) as the node was when it was looked up.
 //! - Symbolic links are read as text and never followed. Only regular files and directories are ever opened, after they were seen to be such,
-//!   by their `O_PATH` descriptor; device nodes, pipes and sockets of the host are shown but not touched.
+//!   by their `O_PATH` descriptor; device nodes, pipes and sockets of the host are never opened. Their names, owners, modes and times are
+//!   changed as those of other files are.
 //! - Who is allowed what inside is decided by the guest's kernel (`default_permissions`, which virtio-fs always has); on the host the server's
 //!   user is all that it can be. A grant that is read-only refuses changes here as well. A file that is reached through several grants may be
 //!   changed if one of them allows it.
@@ -81,7 +82,7 @@ pub enum GrantError {
     },
     /// There must be descriptors left for the server's own work.
     #[error(
-        "{0} cannot be granted: as much is open as the host's limit of descriptors allows (`ulimit -Hn`); raise that limit, or revoke other grants"
+        "{0} cannot be granted: as much is open as the limit of descriptors (`ulimit -Hn`) allows; raise it, or revoke other grants"
     )]
     Full(GrantId),
     /// The descriptor could not be looked at.

@@ -317,8 +317,9 @@ impl Tables {
         drop(removed);
     }
 
-    /// The inode number to show: the host's on the first device, and one that cannot be confused with it on others, since the guest sees
-    /// a single device.
+    /// The inode number to show: the host's on the first device, and one that is another on others, since the guest sees a single device. It is
+    /// that as long as the devices are fewer than 65,536 and their file systems number with 48 bits, as nearly all do; beyond that, two files
+    /// may show the same number, and programs that look for hard links by it may take them for one.
     pub(super) fn shown_inode(&self, key: Key) -> u64 {
         self.shown_inode_beside(key, key.inode)
     }
