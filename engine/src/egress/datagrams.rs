@@ -17,7 +17,8 @@ use rustix::{
     io::Errno,
     net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto},
 };
-use tokio::net::UdpSocket;
+use tokio::{net::UdpSocket, sync::Semaphore};
+use tokio_util::sync::CancellationToken;
 
 use super::{Replies, reach};
 
@@ -31,19 +32,31 @@ const ECHO_TIME: Duration = Duration::from_secs(10);
 const ECHO_HEADER: usize = 8;
 
 /// The flows of datagrams of one sandbox.
-#[derive(Clone, Default)]
-pub(super) struct Flows(Arc<Mutex<HashMap<u32, Entry>>>);
+#[derive(Clone)]
+pub(super) struct Flows {
+    table: Arc<Mutex<HashMap<u32, Entry>>>,
+    /// One for each socket, whether its flow still has its number or not.
+    room: Arc<Semaphore>,
+}
+
+impl Default for Flows {
+    fn default() -> Self {
+        Self { table: Arc::default(), room: Arc::new(Semaphore::new(MOST_FLOWS)) }
+    }
+}
 
 #[derive(Clone)]
 struct Entry {
     flow: Flow,
     socket: Arc<UdpSocket>,
     used: Arc<AtomicBool>,
+    /// Another flow has its number.
+    replaced: CancellationToken,
 }
 
 impl Flows {
     fn table(&self) -> MutexGuard<'_, HashMap<u32, Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sends a datagram, and begins its flow if it is the first and the flow is admitted.
@@ -72,39 +85,52 @@ impl Flows {
 
     fn begin(&self, id: u32, flow: Flow, replies: &Replies) -> Result<Entry, Failure> {
         let to = reach::reachable(flow.destination)?;
-        let mut table = self.table();
-        if table.len() >= MOST_FLOWS && !table.contains_key(&id) {
-            return Err(Failure::Exhausted);
-        }
+        let room = Arc::clone(&self.room).try_acquire_owned().map_err(|_| Failure::Exhausted)?;
         let socket = connected(to).map_err(|error| reach::failure(&error))?;
-        let entry = Entry { flow, socket: Arc::new(socket), used: Arc::default() };
-        table.insert(id, entry.clone());
-        let (flows, replies, carried) = (self.clone(), replies.clone(), entry.clone());
-        replies.clone().spawn(async move {
-            carry(id, &carried, &replies).await;
-            let mut table = flows.table();
-            if table.get(&id).is_some_and(|entry| Arc::ptr_eq(&entry.socket, &carried.socket)) {
-                table.remove(&id);
-            }
+        let entry = Entry {
+            flow,
+            socket: Arc::new(socket),
+            used: Arc::default(),
+            replaced: CancellationToken::new(),
+        };
+        if let Some(before) = self.table().insert(id, entry.clone()) {
+            before.replaced.cancel();
+        }
+        let (flows, carried) = (self.clone(), entry.clone());
+        let back = replies.clone();
+        replies.spawn(async move {
+            let replaced = carried.replaced.clone();
+            replaced.run_until_cancelled_owned(flows.carry(id, carried, &back)).await;
+            drop(room);
         });
         Ok(entry)
     }
-}
 
-/// Brings back what the other side sends, until the flow is idle.
-async fn carry(id: u32, entry: &Entry, replies: &Replies) {
-    let mut buffer = vec![0; LONGEST];
-    let mut idle = IDLE;
-    loop {
-        match tokio::time::timeout(idle, entry.socket.recv(&mut buffer)).await {
-            Ok(Ok(len)) => {
-                idle = IDLE_ANSWERED;
-                replies.datagram(id, &Reply::Datagram(buffer[..len].to_vec()));
+    /// Brings back what the other side sends, until the flow is idle.
+    async fn carry(&self, id: u32, entry: Entry, replies: &Replies) {
+        let mut buffer = vec![0; LONGEST];
+        let mut idle = IDLE;
+        loop {
+            let reply = match tokio::time::timeout(idle, entry.socket.recv(&mut buffer)).await {
+                Ok(Ok(len)) => {
+                    idle = IDLE_ANSWERED;
+                    Reply::Datagram(buffer[..len].to_vec())
+                }
+                // An earlier datagram was not received; the flow goes on.
+                Ok(Err(error)) => Reply::Failed(reach::failure(&error)),
+                Err(_) if entry.used.swap(false, Ordering::Relaxed) => continue,
+                Err(_) => Reply::Failed(Failure::Idle),
+            };
+            // Under the lock, so that the flow has its number while this is said of it.
+            let mut table = self.table();
+            if entry.replaced.is_cancelled() {
+                return;
             }
-            // An earlier datagram was not received; the flow goes on.
-            Ok(Err(error)) => replies.datagram(id, &Reply::Failed(reach::failure(&error))),
-            Err(_) if entry.used.swap(false, Ordering::Relaxed) => {}
-            Err(_) => return replies.datagram(id, &Reply::Failed(Failure::Idle)),
+            replies.datagram(id, &reply);
+            if reply == Reply::Failed(Failure::Idle) {
+                table.remove(&id);
+                return;
+            }
         }
     }
 }
@@ -169,4 +195,48 @@ fn ping_socket(to: IpAddr) -> io::Result<UdpSocket> {
     let socket = rustix::net::socket_with(family, SocketType::DGRAM, flags, Some(protocol))?;
     rustix::net::connect(&socket, &SocketAddr::new(to, 0))?;
     UdpSocket::from_std(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use coracle_agent_api::egress::HOST_V4;
+    use tokio::sync::mpsc;
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_number_that_is_used_again_costs_one_socket_and_brings_the_new_flow_only() {
+        let (frames, mut told) = mpsc::channel(16);
+        let replies = Replies { frames, tasks: TaskTracker::new(), ended: CancellationToken::new() };
+        let flows = Flows::default();
+        let mut peers = Vec::new();
+        for _ in 0..3 {
+            let peer = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            let destination = SocketAddr::new(HOST_V4.into(), peer.local_addr().unwrap().port());
+            let flow = Flow { source: "172.17.0.2:1000".parse().unwrap(), destination };
+            flows.send(7, flow, b"ask", &replies, |_| Ok(()));
+            let mut buffer = [0; 8];
+            let (_, from) = peer.recv_from(&mut buffer).await.unwrap();
+            peers.push((peer, from));
+        }
+        // Those that went end; the last one's stays.
+        while replies.tasks.len() > 1 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(flows.room.available_permits(), MOST_FLOWS - 1);
+        for (number, (peer, from)) in peers.iter().enumerate() {
+            let _ = peer.send_to(format!("from {number}").as_bytes(), from).await;
+        }
+        assert_eq!(told.recv().await.unwrap(), Reply::Datagram(b"from 2".to_vec()).encode(7));
+        assert!(told.try_recv().is_err());
+        // What is full begins no other one.
+        let _all = Arc::clone(&flows.room).try_acquire_many_owned(MOST_FLOWS as u32 - 1).unwrap();
+        let flow = Flow {
+            source: "172.17.0.2:1001".parse().unwrap(),
+            destination: "198.51.100.1:1".parse().unwrap(),
+        };
+        flows.send(8, flow, b"ask", &replies, |_| Ok(()));
+        assert_eq!(told.recv().await.unwrap(), Reply::Failed(Failure::Exhausted).encode(8));
+    }
 }

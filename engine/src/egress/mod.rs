@@ -179,11 +179,11 @@ impl Session {
             payload.resize(header.len, 0);
             reader.read_exact(&mut payload).await?;
             let request = Request::decode(header.kind, &payload).map_err(io::Error::other)?;
-            self.perform(header.id, request);
+            self.perform(header.id, request).await;
         }
     }
 
-    fn perform(&self, id: u32, request: Request) {
+    async fn perform(&self, id: u32, request: Request) {
         let room = match &request {
             Request::Connect(_) => &self.dials,
             Request::Question(..) => &self.questions,
@@ -193,17 +193,17 @@ impl Session {
                 return self.flows.send(id, *flow, data, &self.replies, admit);
             }
         };
-        let room = Arc::clone(room).try_acquire_owned();
+        let Ok(room) = Arc::clone(room).try_acquire_owned() else {
+            // An agent that asks for more than there is room for, and does not hear that, is not heard either.
+            return self.replies.send(id, &Reply::Failed(Failure::Exhausted)).await;
+        };
         let (sandbox, replies) = (Arc::clone(&self.sandbox), self.replies.clone());
         let (files, guard) = (self.files.clone(), self.guard.clone());
         self.replies.spawn(async move {
-            let reply = match (room, request) {
-                (Err(_), _) => Some(Reply::Failed(Failure::Exhausted)),
-                (Ok(_room), request) => perform(sandbox.as_ref(), &files, &guard, id, request).await,
-            };
-            if let Some(reply) = reply {
+            if let Some(reply) = perform(sandbox.as_ref(), &files, &guard, id, request).await {
                 replies.send(id, &reply).await;
             }
+            drop(room);
         });
     }
 }
