@@ -3,7 +3,6 @@
 
 use std::{
     collections::HashMap,
-    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Instant,
 };
@@ -22,6 +21,7 @@ use super::{
 use crate::{
     container::{Container, record::ContainerId},
     core::Core,
+    sandbox::SandboxId,
 };
 
 const NOT_ALLOWED: &str = "its label coracle.egress does not allow it";
@@ -32,12 +32,14 @@ const NOBODY: &str = "no container has the address that it came from";
 #[derive(Clone)]
 pub(super) struct Guard {
     core: Weak<Core>,
+    /// The one that asks; it speaks for its own containers only.
+    sandbox: SandboxId,
     learnt: Arc<Mutex<HashMap<ContainerId, Learnt>>>,
 }
 
 impl Guard {
-    pub(super) fn new(core: Weak<Core>) -> Self {
-        Self { core, learnt: Arc::default() }
+    pub(super) fn new(core: Weak<Core>, sandbox: SandboxId) -> Self {
+        Self { core, sandbox, learnt: Arc::default() }
     }
 
     fn learnt(&self) -> MutexGuard<'_, HashMap<ContainerId, Learnt>> {
@@ -47,13 +49,20 @@ impl Guard {
     /// Whether a flow may begin.
     pub(super) fn admit(&self, protocol: &'static str, flow: &Flow) -> Result<(), Failure> {
         let core = self.core.upgrade().ok_or(Failure::Exhausted)?;
-        let owner = owner(&core, flow.source.ip());
+        let owner = core.networks.owner(flow.source.ip()).and_then(|id| self.own(&core, id.as_str()));
         let (line, admitted) = match &owner {
             None => (Line::new(protocol, Some(flow.destination), None, Some(NOBODY)), false),
             Some(container) => self.judge(container, protocol, flow),
         };
         note(&core, owner.as_deref(), line);
         if admitted { Ok(()) } else { Err(Failure::Prohibited) }
+    }
+
+    /// A container of the sandbox's.
+    fn own(&self, core: &Core, id: &str) -> Option<Arc<Container>> {
+        let container = core.containers.find(id).ok()?;
+        let is_own = container.record().sandbox == self.sandbox;
+        is_own.then_some(container)
     }
 
     fn judge(&self, container: &Container, protocol: &'static str, flow: &Flow) -> (Line, bool) {
@@ -72,7 +81,7 @@ impl Guard {
     /// Whether a container may ask for the name in a question. What is allowed to everybody is not noted: it is no connection.
     pub(super) fn admit_question(&self, asker: &ProcessId, question: &[u8]) -> Result<(), Failure> {
         let core = self.core.upgrade().ok_or(Failure::Exhausted)?;
-        let container = core.containers.find(asker.as_str()).map_err(|_| Failure::Prohibited)?;
+        let container = self.own(&core, asker.as_str()).ok_or(Failure::Prohibited)?;
         let policy = policy(&container);
         if policy == Policy::All {
             return Ok(());
@@ -86,7 +95,7 @@ impl Guard {
     /// Remembers what a container was told.
     pub(super) fn answered(&self, asker: &ProcessId, question: &[u8], answer: &[u8]) {
         let Some(core) = self.core.upgrade() else { return };
-        let Ok(container) = core.containers.find(asker.as_str()) else { return };
+        let Some(container) = self.own(&core, asker.as_str()) else { return };
         let Some(name) = names::asked(question) else { return };
         if !matches!(policy(&container), Policy::List(_)) {
             return;
@@ -96,12 +105,6 @@ impl Guard {
         let own = learnt.entry(container.id().clone()).or_default();
         own.learn(&name, &names::addresses_in(answer), Instant::now());
     }
-}
-
-/// The container that has an address now.
-fn owner(core: &Core, ip: IpAddr) -> Option<Arc<Container>> {
-    let id = core.networks.owner(ip)?;
-    core.containers.find(id.as_str()).ok()
 }
 
 /// Labels were checked when the container was made; one that cannot be read any more allows nothing.

@@ -58,7 +58,8 @@ pub(crate) struct WayOut {
 
 impl WayOut {
     pub(crate) fn new(sandbox: Arc<dyn Sandbox>, agent: Agent, files: HostFiles, core: Weak<Core>) -> Self {
-        Self { sandbox, agent, files, guard: Guard::new(core) }
+        let guard = Guard::new(core, sandbox.id().clone());
+        Self { sandbox, agent, files, guard }
     }
 
     /// Serves the sandbox whenever it runs, in the background, until the daemon closes.
