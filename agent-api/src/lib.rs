@@ -21,6 +21,7 @@
 //! | `POST /v1/containers/{id}/endpoints` | [`Endpoint`] → 204 | connects a running container to a further network |
 //! | `POST /v1/containers/{id}/endpoints/{network}/names` | list of names → 204 | changes what a running container is called on a network |
 //! | `DELETE /v1/containers/{id}/endpoints/{network}` | → 204 | takes a running container off a network; one that it is not on is none of its business |
+//! | `POST /v1/containers/{id}/ways-out` | list of [`WayOut`] → 204 | changes which of its networks lead out of a running container |
 //! | `DELETE /v1/networks/{id}` | → 204 | removes the bridge of a network that no container is on |
 //! | `DELETE /v1/layers/{diff_id}` | → 204 | unmounts a layer that no running container uses and gives its partition back |
 //! | `POST /v1/execs/{id}` | [`ExecSpec`] → [`Started`] | starts a further process in a running container |

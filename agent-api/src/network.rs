@@ -73,6 +73,18 @@ pub struct Endpoint {
     pub links: BTreeMap<String, String>,
 }
 
+/// A network of a running container that leads out of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WayOut {
+    /// The network.
+    pub network: NetworkId,
+    /// Name of the interface in the container.
+    pub interface: String,
+    /// As those of an [`Endpoint`].
+    pub gateways: Vec<IpAddr>,
+}
+
 /// An Ethernet address, written as `02:42:ac:11:00:02`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

@@ -179,6 +179,8 @@ fn what_cannot_be_is_refused_in_dockers_words() {
         (&["--driver", "weave", "x"], "plugin \"weave\" not found"),
         (&["taken"], "network with name taken already exists"),
         (&["host"], "operation is not permitted on predefined host network"),
+        (&["--subnet", "10.0.0.0/24", "--gateway", "10.0.0.255", "x"], "its broadcast address"),
+        (&["--subnet", "192.168.65.0/24", "x"], "host.docker.internal"),
         (&["-o", "fly=yes", "x"], "the network option fly is not supported by Coracle yet"),
     ] {
         let refusal = daemon.fails(1, &[&["network", "create"], options].concat());
@@ -189,6 +191,8 @@ fn what_cannot_be_is_refused_in_dockers_words() {
         (&["--ip", "172.17.0.9"], "user specified IP address is supported on user defined networks only"),
         (&["--network", "taken", "--ip", "10.67.0.1"], "no configured subnet contains IP address"),
         (&["--network", "taken", "--ip", "10.66.0.1"], "Address already in use"),
+        (&["--network-alias", "x"], "network-scoped aliases are only supported for user-defined networks"),
+        (&["--network", "none", "--mac-address", "02:42:00:00:00:01"], "conflicting options: mac-address"),
         (&["--network", "container:nobody"], "No such container: nobody"),
     ] {
         let refusal = daemon.fails(125, &[&["run", "--rm"], options, &["busybox", "true"]].concat());
@@ -209,6 +213,45 @@ fn what_cannot_be_is_refused_in_dockers_words() {
             .fails(1, &["network", "connect", "taken", "host"])
             .contains("cannot be connected to any other network")
     );
+}
+
+#[test]
+fn the_way_out_is_that_of_the_networks_that_are_left() {
+    let (_machine, daemon) = with_busybox();
+    daemon.ok(&["network", "create", "--subnet", "10.71.0.0/24", "first"]);
+    daemon.ok(&["network", "create", "--subnet", "10.72.0.0/24", "second"]);
+    let way_out = || {
+        let routes = daemon.ok(&["exec", "one", "busybox", "ip", "route"]);
+        routes
+            .lines()
+            .filter(|line| line.starts_with("default "))
+            .map(|line| format!("{line}\n"))
+            .collect::<String>()
+    };
+    up(&daemon, "one", &["--network", "first"]);
+    daemon.ok(&["network", "connect", "second", "one"]);
+    assert!(way_out().contains("via 10.71.0.1 "), "{}", way_out());
+    daemon.ok(&["network", "disconnect", "first", "one"]);
+    assert!(way_out().contains("via 10.72.0.1 "), "{}", way_out());
+    daemon.ok(&["network", "connect", "--gw-priority", "1", "first", "one"]);
+    assert!(way_out().contains("via 10.71.0.1 ") && way_out().lines().count() == 1, "{}", way_out());
+    daemon.ok(&["network", "disconnect", "first", "one"]);
+    daemon.ok(&["network", "disconnect", "second", "one"]);
+    assert_eq!(way_out(), "");
+}
+
+#[test]
+fn a_network_that_is_given_by_its_id_is_the_same_one() {
+    let (_machine, daemon) = with_busybox();
+    let options = ["-o", "com.docker.network.bridge.host_binding_ipv4=127.0.0.1"];
+    let id = daemon.ok(&[&["network", "create"][..], &options, &["mine"]].concat());
+    up(&daemon, "one", &["--network", id.trim(), "-p", "80"]);
+    assert_eq!(daemon.ok(&["inspect", "-f", "{{.HostConfig.NetworkMode}}", "one"]), "mine\n");
+    let bindings = daemon.ok(&["port", "one"]);
+    assert!(bindings.starts_with("80/tcp -> 127.0.0.1:") && bindings.lines().count() == 1, "{bindings}");
+    let none = daemon.ok(&["network", "ls", "-q", "--no-trunc", "--filter", "name=none"]);
+    up(&daemon, "alone", &["--network", none.trim(), "-p", "80"]);
+    assert_eq!(daemon.ok(&["port", "alone"]), "");
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Checks requests before anything is done for them: what is out of range is refused by name.
 
-use coracle_agent_api::{ContainerSpec, Endpoint, IpcMode, Network, ProcessId, ProcessSpec, Resources};
+use coracle_agent_api::{
+    ContainerSpec, Endpoint, IpcMode, Network, ProcessId, ProcessSpec, Resources, WayOut,
+};
 
 use crate::child;
 use crate::error::{Result, invalid};
@@ -65,6 +67,11 @@ pub(crate) fn endpoint(endpoint: &Endpoint) -> Result<()> {
         return Err(invalid("a packet has 68 bytes at least"));
     }
     Ok(())
+}
+
+/// Which network is to lead out of a container.
+pub(crate) fn way_out(way: &WayOut) -> Result<()> {
+    interface(&way.interface)
 }
 
 /// The kernel's rule for names of interfaces, and what our own are called.

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use coracle_agent_api::{
     self as api, AgentState, ContainerSpec, DiffId, Endpoint, ExecSpec, NetworkId, OUTPUT_PROTOCOL,
     ProcessId, Processes, Resources, Retain, STDIN_PROTOCOL, Signal, Started, Stats, TerminalSize, VolumeId,
-    VolumeUsage,
+    VolumeUsage, WayOut,
     egress::EGRESS_PROTOCOL,
     files::{FILES_PROTOCOL, FilesRequest},
     ports::PORTS_PROTOCOL,
@@ -157,6 +157,11 @@ impl Agent {
     /// Takes a running container off a network.
     pub(crate) async fn disconnect(&self, id: &ProcessId, network: &NetworkId) -> Result<(), AgentError> {
         self.delete(&format!("/v1/containers/{id}/endpoints/{network}")).await
+    }
+
+    /// Changes which networks lead out of a running container.
+    pub(crate) async fn lead_out(&self, id: &ProcessId, ways: &[WayOut]) -> Result<(), AgentError> {
+        self.post_only(&format!("/v1/containers/{id}/ways-out"), &ways).await
     }
 
     /// Removes a network's bridge.

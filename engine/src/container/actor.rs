@@ -266,13 +266,14 @@ impl Actor {
             log.begin(None).map_err(Error::from)?;
         }
         self.core.tell_of_volumes("mount", &self.record);
-        self.core.tell_of_networks(&self.record);
+        self.core.tell_of_networks("connect", &self.record);
         // Its first output need not wait for the disk: a daemon that ends now finds the process and its log again.
         self.attend(&host, 0);
         if let Err(error) = self.apply(change, BTreeMap::new()).await {
             self.run += 1;
             self.run_over.cancel();
             let _ = host.agent().signal(&id, super::signal::SIGKILL).await;
+            self.core.tell_of_networks("disconnect", &self.record);
             return Err(error.into());
         }
         Ok(())
@@ -365,7 +366,7 @@ impl Actor {
     async fn start_failed(&mut self, failure: StartFailure) -> Error {
         let StartFailure { exit_code, error } = failure;
         tracing::info!(exit_code, %error, "a container did not start");
-        self.core.unpublish_ports(&self.record.id);
+        self.core.unpublish_ports(&self.record.id).await;
         self.core.leave_networks(&self.record);
         let change = Change::StartFailed { exit_code, error: error.to_string() };
         if let Err(error) = self.apply(change, BTreeMap::new()).await {

@@ -74,7 +74,9 @@ impl Core {
             };
         }
         let primary = self.networks.find(&host.network_mode).map(|network| network.name.clone());
+        // By its name, whether the client gave that or an id: all that follows goes by the name.
         let primary = primary.unwrap_or_else(|_| host.network_mode.clone());
+        host.network_mode.clone_from(&primary);
         let mac = std::mem::take(&mut config.mac_address);
         let first = wanted.entry(primary.clone()).or_default();
         if !mac.is_empty() {
@@ -254,14 +256,26 @@ impl Core {
 
     /// Gives a container's places back.
     pub(crate) fn leave_networks(&self, record: &Record) {
-        for (_, attached) in record.networks.iter() {
-            let Ok(id) = attached.network.parse() else { continue };
-            if self.networks.leave(&id, &record.id)
-                && let Ok(network) = self.networks.find(id.as_str())
-            {
-                self.events.network("disconnect", &network, Some(&record.id));
-            }
+        for attached in record.networks.values() {
+            self.leave_network(record, attached);
         }
+    }
+
+    /// Where on the host a container's ports are published if it does not say: as the network wants it that leads out.
+    pub(crate) fn host_binding(&self, record: &Record) -> Option<IpAddr> {
+        let mut endpoints = self.endpoints(record);
+        let (name, _) = endpoints.find(|(_, endpoint)| endpoint.gateways.iter().any(IpAddr::is_ipv4))?;
+        self.networks.find(name).ok()?.host_binding()
+    }
+
+    /// The ways out of a container, as the agent is told of them.
+    pub(crate) fn ways_out(&self, record: &Record) -> Vec<api::WayOut> {
+        let way = |(_, endpoint): (&str, api::Endpoint)| api::WayOut {
+            network: endpoint.bridge.network,
+            interface: endpoint.interface,
+            gateways: endpoint.gateways,
+        };
+        self.endpoints(record).map(way).filter(|way| !way.gateways.is_empty()).collect()
     }
 
     /// A container that an earlier daemon started has its places.
@@ -273,11 +287,11 @@ impl Core {
         }
     }
 
-    /// Tells that a container has its places.
-    pub(crate) fn tell_of_networks(&self, record: &Record) {
+    /// Tells that a container has its places, or has them no more.
+    pub(crate) fn tell_of_networks(&self, what: &'static str, record: &Record) {
         for attached in record.networks.values() {
             if let Ok(network) = self.networks.find(&attached.network) {
-                self.events.network("connect", &network, Some(&record.id));
+                self.events.network(what, &network, Some(&record.id));
             }
         }
     }
@@ -400,9 +414,24 @@ fn check_wanted(network: &Network, wanted: &Wanted) -> Result<()> {
                 + ": user specified IP address is supported on user defined networks only",
         ));
     }
-    if !wanted.aliases.is_empty() && network.driver != Driver::Bridge {
+    for (given, what) in [(&wanted.aliases, "aliases"), (&wanted.links, "links")] {
+        if !given.is_empty() && !network.is_user_defined() {
+            return Err(Error::invalid(format!(
+                "invalid endpoint settings: network-scoped {what} are only supported for user-defined networks, and {} is none",
+                network.name
+            )));
+        }
+    }
+    let options = [
+        (!wanted.mac_address.is_empty(), "mac-address"),
+        (!wanted.driver_opts.is_empty(), "driver-opt"),
+        (wanted.gw_priority != 0, "gw-priority"),
+    ];
+    if network.driver != Driver::Bridge
+        && let Some((_, option)) = options.iter().find(|(given, _)| *given)
+    {
         return Err(Error::invalid(format!(
-            "invalid endpoint settings: network-scoped aliases are only supported for user-defined networks, and {} is none",
+            "conflicting options: {option} and the network mode: on {} a container has no interface of its own",
             network.name
         )));
     }

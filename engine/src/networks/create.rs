@@ -174,6 +174,12 @@ impl CreateRequest {
         }
         let mut pools = self.chosen_pools()?;
         for pool in &pools {
+            if let Some(own) = ipam::hosts_own(&pool.subnet) {
+                return Err(denied(format!(
+                    "invalid pool request: {} has the address {own}, which is host.docker.internal for all containers: choose another subnet",
+                    pool.subnet
+                )));
+            }
             if is_taken(state, &pool.subnet) {
                 return Err(denied(format!(
                     "invalid pool request: Pool overlaps with other one on this address space ({})",
@@ -252,6 +258,12 @@ fn pool(config: &IpamConfig) -> Result<Pool> {
     };
     if !config.gateway.is_empty() {
         pool.gateway = inside("gateway", &config.gateway)?;
+        if !ipam::is_host(&subnet, &pool.gateway) {
+            return Err(Error::invalid(format!(
+                "invalid gateway address {}: it is that of the subnet {subnet} itself, or its broadcast address",
+                pool.gateway
+            )));
+        }
     }
     for (name, text) in &config.auxiliary {
         pool.auxiliary.insert(name.clone(), inside("aux-address", text)?);
@@ -315,6 +327,24 @@ mod tests {
                 ipam(r#"{"Subnet":"10.0.0.0/24","IPRange":"10.0.1.0/25"}"#),
                 400,
                 "no matching subnet for range",
+            ),
+            (
+                ipam(r#"{"Subnet":"10.0.0.0/24","Gateway":"10.0.0.0"}"#),
+                400,
+                "invalid gateway address 10.0.0.0",
+            ),
+            (ipam(r#"{"Subnet":"10.0.0.0/24","Gateway":"10.0.0.255"}"#), 400, "invalid gateway address"),
+            (ipam(r#"{"Subnet":"192.168.64.0/18"}"#), 403, "host.docker.internal"),
+            (ipam(r#"{"Subnet":"fdc4:f303:9324::/48"}"#), 403, "host.docker.internal"),
+            (
+                r#"{"Name":"a","Options":{"com.docker.network.bridge.default_bridge":"true"}}"#.to_owned(),
+                501,
+                "default_bridge=true",
+            ),
+            (
+                r#"{"Name":"a","Options":{"com.docker.network.bridge.host_binding_ipv4":"::1"}}"#.to_owned(),
+                400,
+                "invalid value",
             ),
             (ipam(r#"{"Gateway":"10.0.1.1"}"#), 400, "no matching subnet"),
             (ipam(r#"{"Subnet":"10.0.0.0/24"},{"Subnet":"10.1.0.0/24"}"#), 501, "more than one subnet"),

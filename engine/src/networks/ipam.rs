@@ -5,7 +5,10 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use coracle_agent_api::NetworkId;
+use coracle_agent_api::{
+    NetworkId,
+    egress::{HOST_V4, HOST_V6},
+};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
@@ -80,7 +83,8 @@ pub(crate) fn first_of(net: IpNet) -> IpAddr {
     if is_host(&net, &network) { network } else { address(number(network) + 1, net) }
 }
 
-fn is_host(net: &IpNet, address: &IpAddr) -> bool {
+/// Whether someone can have an address of a subnet.
+pub(crate) fn is_host(net: &IpNet, address: &IpAddr) -> bool {
     match net {
         IpNet::V4(net) if net.prefix_len() < 31 => *address != net.network() && *address != net.broadcast(),
         // The first address is that of any router (RFC 4291, 2.6.1).
@@ -101,6 +105,11 @@ fn address(number: u128, family: IpNet) -> IpAddr {
         IpNet::V4(_) => Ipv4Addr::from(u32::try_from(number).unwrap_or(u32::MAX)).into(),
         IpNet::V6(_) => Ipv6Addr::from(number).into(),
     }
+}
+
+/// The address in a subnet by which containers know the host: what is sent to it must not stay on a network.
+pub(crate) fn hosts_own(net: &IpNet) -> Option<IpAddr> {
+    [HOST_V4.into(), HOST_V6.into()].into_iter().find(|own| net.contains(own))
 }
 
 /// Whether two subnets have an address in common.

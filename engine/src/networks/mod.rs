@@ -257,8 +257,8 @@ fn new_id() -> NetworkId {
     names::new_id().to_string().parse().expect("all ids have the same form")
 }
 
-/// Whether a subnet has an address in common with that of a network.
+/// Whether a subnet has an address in common with that of a network, or with those that stand for the host.
 fn is_taken(state: &State, net: &IpNet) -> bool {
     let pools = state.by_id.values().flat_map(|network| &network.pools);
-    pools.into_iter().any(|pool| ipam::overlap(&pool.subnet, net))
+    ipam::hosts_own(net).is_some() || pools.into_iter().any(|pool| ipam::overlap(&pool.subnet, net))
 }

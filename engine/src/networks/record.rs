@@ -1,6 +1,9 @@
 //! What is known of a network; one JSON record on disk.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use coracle_agent_api::{Bridge, NetworkId};
 use serde::{Deserialize, Serialize};
@@ -118,6 +121,12 @@ impl Network {
         self.options.get(INTERFACE_PREFIX).map_or("eth", String::as_str)
     }
 
+    /// Where on the host ports are published if the client does not say; on all addresses, if there is none.
+    pub(crate) fn host_binding(&self) -> Option<IpAddr> {
+        let binding: Ipv4Addr = self.options.get(HOST_BINDING_V4)?.parse().ok()?;
+        (!binding.is_unspecified()).then_some(binding.into())
+    }
+
     /// What the guest is told of it.
     pub(crate) fn bridge(&self) -> Bridge {
         Bridge {
@@ -151,12 +160,15 @@ pub(crate) fn check_options(options: &BTreeMap<String, String>) -> Result<()> {
             BRIDGE_NAME => drop(check_interface(value)?),
             INTERFACE_PREFIX if value.len() <= 12 => drop(check_interface(value)?),
             INTERFACE_PREFIX => return Err(wrong()),
-            ENABLE_ICC | DEFAULT_BRIDGE => drop(truth(value).ok_or_else(wrong)?),
-            MASQUERADE => match truth(value).ok_or_else(wrong)? {
-                true => {}
-                false => return Err(not_supported(&format!("{MASQUERADE}=false"))),
-            },
-            HOST_BINDING_V4 => drop(value.parse::<IpAddr>().map_err(|_| wrong())?),
+            ENABLE_ICC => drop(truth(value).ok_or_else(wrong)?),
+            DEFAULT_BRIDGE | MASQUERADE => {
+                // There is one default bridge, which every engine has already.
+                let as_it_is = option == MASQUERADE;
+                if truth(value).ok_or_else(wrong)? != as_it_is {
+                    return Err(not_supported(&format!("{option}={}", shown(value))));
+                }
+            }
+            HOST_BINDING_V4 => drop(value.parse::<Ipv4Addr>().map_err(|_| wrong())?),
             MTU => {
                 value.parse::<u16>().ok().filter(|mtu| *mtu >= 68).ok_or_else(wrong)?;
             }

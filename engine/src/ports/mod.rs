@@ -16,7 +16,7 @@ use std::{
 
 use coracle_agent_api::ports::ContainerPort;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
@@ -46,8 +46,8 @@ struct Binding {
     to: ContainerPort,
     bound: Arc<Bound>,
     listens: watch::Sender<bool>,
-    /// Ends the task that accepts.
-    _accepting: DropGuard,
+    /// The task that accepts, which ends when its guard is dropped.
+    accepting: (DropGuard, JoinHandle<()>),
 }
 
 /// All published ports.
@@ -90,10 +90,14 @@ pub(crate) fn are_published(record: &Record) -> bool {
 impl Core {
     /// Takes the ports on the host that a container is to have while it runs. Whether its record has changed comes back.
     pub(crate) fn publish_ports(self: &Arc<Self>, record: &mut Record) -> Result<bool> {
-        let wanted = match are_published(record) {
+        let mut wanted = match are_published(record) {
             true => wanted::of(&record.config, &record.host_config)?,
             false => Vec::new(),
         };
+        let address = self.host_binding(record);
+        for wanted in &mut wanted {
+            wanted.host_ip = wanted.host_ip.or(address);
+        }
         let mut bound = Vec::new();
         for wanted in &wanted {
             match self.bind(wanted, &record.ports) {
@@ -143,14 +147,14 @@ impl Core {
             let accepting = session.clone().accept(Arc::clone(&bound), to.clone(), heard);
             let closing = self.closing.clone();
             let until = ended.clone();
-            self.tasks.spawn(async move {
+            let task = self.tasks.spawn(async move {
                 tokio::select! {
                     () = accepting => {}
                     () = until.cancelled() => {}
                     () = closing.cancelled() => {}
                 }
             });
-            Binding { to, bound, listens, _accepting: ended.drop_guard() }
+            Binding { to, bound, listens, accepting: (ended.drop_guard(), task) }
         };
         let bindings: Vec<Binding> = bound.into_iter().map(binding).collect();
         let entry = (record.sandbox.clone(), bindings);
@@ -158,9 +162,14 @@ impl Core {
         session.tell_again();
     }
 
-    /// Gives a container's ports back.
-    pub(crate) fn unpublish_ports(&self, container: &ContainerId) {
-        self.ports.bindings.lock().expect("no holder panics").remove(container);
+    /// Gives a container's ports back; they are free afterwards.
+    pub(crate) async fn unpublish_ports(&self, container: &ContainerId) {
+        let had = self.ports.bindings.lock().expect("no holder panics").remove(container);
+        for Binding { bound, accepting: (guard, task), .. } in had.into_iter().flat_map(|(_, all)| all) {
+            drop((bound, guard));
+            // One that panicked has no socket any more either.
+            let _ = task.await;
+        }
     }
 
     fn port_session(self: &Arc<Self>, sandbox: &SandboxId) -> Session {
@@ -172,10 +181,9 @@ impl Core {
     /// The sockets of one wish: one for each address that it means, all with the same port. Those that the container had before are
     /// tried first where any would do.
     fn bind(&self, wanted: &Wanted, before: &[Published]) -> Result<Vec<Bound>> {
-        let had =
-            before.iter().find(|had| had.port == wanted.port && wanted.host_ports.contains(&had.host.port()));
-        let had = had.map(|had| had.host.port());
         let range = if wanted.host_ports == (0..=0) { ANY } else { wanted.host_ports.clone() };
+        let had = before.iter().filter(|had| had.port == wanted.port).map(|had| had.host.port());
+        let had = had.into_iter().find(|port| range.contains(port));
         let many = range.start() != range.end();
         let mut last = None;
         for port in had.into_iter().chain(range) {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError};
 
 use coracle_agent_api::ports::MAX_ARRIVAL;
-use coracle_agent_api::{Endpoint, NetworkId, ProcessId};
+use coracle_agent_api::{Endpoint, NetworkId, ProcessId, WayOut};
 use futures_util::StreamExt;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio_util::codec::{FramedRead, LinesCodec};
@@ -44,6 +44,16 @@ impl Agent {
     pub(crate) async fn disconnect(self: &Arc<Self>, id: &ProcessId, network: NetworkId) -> Result<()> {
         let (container, networks) = (self.running(id)?, self.networks.clone());
         blocking(move || with_ports(&container, |_, ports| networks.disconnect(&network, ports))).await
+    }
+
+    /// Changes which networks lead out of a running container.
+    pub(crate) async fn lead_out(self: &Arc<Self>, id: &ProcessId, ways: Vec<WayOut>) -> Result<()> {
+        ways.iter().try_for_each(check::way_out)?;
+        let (container, networks) = (self.running(id)?, self.networks.clone());
+        blocking(move || {
+            with_ports(&container, |namespace, ports| networks.lead_out(namespace, &ways, ports))
+        })
+        .await
     }
 
     /// Changes what a running container is called on a network.

@@ -86,6 +86,11 @@ async fn route(
             detached(async move { agent.disconnect(&id, network).await }).await?;
             Ok(done())
         }
+        (&Method::POST, ["containers", id, "ways-out"]) => {
+            let (id, ways) = (parse(id)?, body(request).await?);
+            detached(async move { agent.lead_out(&id, ways).await }).await?;
+            Ok(done())
+        }
         (&Method::DELETE, ["networks", id]) => {
             agent.remove_network(parse(id)?).await?;
             Ok(done())

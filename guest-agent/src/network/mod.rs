@@ -14,10 +14,11 @@ pub(crate) mod nft;
 
 use std::collections::HashMap;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use coracle_agent_api::{Bridge, Endpoint, ErrorKind, Mac, NetworkId, ProcessId};
+use coracle_agent_api::{Bridge, Endpoint, ErrorKind, Mac, NetworkId, ProcessId, WayOut};
 use links::Index;
 use names::directory::Directory;
 use namespace::Namespace;
@@ -117,6 +118,16 @@ impl Networks {
             namespace.run(|| configure(endpoint)).at(step())?;
             self.directory.add(&ports.container, endpoint);
         }
+        Ok(())
+    }
+
+    /// Lets networks, which the container is on, lead out of it. Blocks.
+    pub(crate) fn lead_out(&self, namespace: &Namespace, ways: &[WayOut], ports: &Ports) -> Result<()> {
+        for way in ways.iter().filter(|way| ports.is_on(&way.network)) {
+            let step = || format!("lead out of the container over network {}", way.network.short());
+            namespace.run(|| lead_over(&way.interface, &way.gateways)).at(step())?;
+        }
+        self.directory.lead_out(&ports.container, |network| ways.iter().any(|way| way.network == *network));
         Ok(())
     }
 
@@ -251,10 +262,14 @@ fn configure(endpoint: &Endpoint) -> io::Result<()> {
         links::add_address(&mut socket, index, *address)?;
     }
     links::bring_up(&mut socket, index)?;
-    for gateway in &endpoint.gateways {
-        links::set_default_route(&mut socket, index, *gateway)?;
-    }
-    Ok(())
+    lead_over(name, &endpoint.gateways)
+}
+
+/// Sends what no network of the container's is for over an interface of it; the thread is in the container's namespace.
+fn lead_over(interface: &str, gateways: &[IpAddr]) -> io::Result<()> {
+    let mut socket = Socket::route()?;
+    let index = links::index_of(&mut socket, interface)?.ok_or(io::ErrorKind::NotFound)?;
+    gateways.iter().try_for_each(|gateway| links::set_default_route(&mut socket, index, *gateway))
 }
 
 /// The guest's own rules.

@@ -25,16 +25,40 @@ impl Actor {
         let endpoint = self.core.add_network(&mut self.record, &network, wanted)?;
         let mut result = self.save().await;
         if let (Ok(()), Some(endpoint)) = (&result, &endpoint) {
-            result = self.host().agent().connect(&self.record.id, endpoint).await.map_err(Into::into);
+            result = match self.host().agent().connect(&self.record.id, endpoint).await {
+                Err(error) if error.refusal().is_none() => {
+                    // It may be connected all the same. Its address must not be another one's before it is not.
+                    let undone = self.host().agent().disconnect(&self.record.id, &network.id).await;
+                    if undone.is_err_and(|error| error.refusal() != Some(ErrorKind::Conflict)) {
+                        return Err(error.into());
+                    }
+                    Err(error.into())
+                }
+                other => other.map_err(Into::into),
+            };
         }
         if let Err(error) = result {
             self.forget_network(&network.name).await;
             return Err(error);
         }
         if endpoint.is_some() {
+            self.lead_out().await;
             self.core.events.network("connect", &network, Some(&self.record.id));
         }
         Ok(())
+    }
+
+    /// Its way out is that of the networks that it is on now.
+    async fn lead_out(&self) {
+        let ways = self.core.ways_out(&self.record);
+        if let Err(error) = self.host().agent().lead_out(&self.record.id, &ways).await
+            && error.refusal() != Some(ErrorKind::Conflict)
+        {
+            tracing::warn!(
+                error = chain(&error),
+                "a container may have no way out after a change of its networks"
+            );
+        }
     }
 
     async fn forget_network(&mut self, name: &str) {
@@ -82,6 +106,9 @@ impl Actor {
         // The guest has let go of the address, so what is written down next is true already.
         let saved = self.save().await;
         self.core.leave_network(&self.record, &attached);
+        if id.is_some() {
+            self.lead_out().await;
+        }
         if id.is_some()
             && let Ok(network) = self.core.networks.find(&attached.network)
         {

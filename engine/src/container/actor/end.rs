@@ -40,8 +40,9 @@ impl Actor {
             tracing::error!(%error, "cannot write down that a container ended");
         }
         self.core.tell_of_volumes("unmount", &self.record);
-        self.core.unpublish_ports(&self.record.id);
+        self.core.unpublish_ports(&self.record.id).await;
         self.core.leave_networks(&self.record);
+        self.core.tell_of_networks("disconnect", &self.record);
         let host = self.host();
         host.release(&self.record.id).await;
         // Only now: until the end is on disk, the agent must be able to tell it again.

@@ -75,6 +75,13 @@ impl Directory {
         }
     }
 
+    /// Only these networks lead out of a container from now on.
+    pub(crate) fn lead_out(&self, container: &ProcessId, leads: impl Fn(&NetworkId) -> bool) {
+        for place in self.write().get_mut(container).into_iter().flatten() {
+            place.leads_out = leads(&place.network);
+        }
+    }
+
     /// The addresses of what a container calls by a name; none if it knows no one by that name.
     pub(crate) fn addresses(&self, asker: &ProcessId, name: &str) -> Option<Vec<IpAddr>> {
         let places = self.read();
