@@ -78,9 +78,73 @@ hex_id! {
     NetworkId
 }
 
+/// The name of a tree of the host that a sandbox was granted: 1 to 128 letters, digits, `-`, `_` and `.`, beginning with a letter or
+/// digit, so that it can be a directory entry.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TreeName(String);
+
+/// Why a string is no [`TreeName`].
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "`{0}` is no name of a tree: expected 1 to 128 letters, digits, `-`, `_` and `.`, beginning with a letter or digit"
+)]
+pub struct TreeNameError(String);
+
+impl TreeName {
+    /// The longest name in bytes.
+    pub const MAX_LEN: usize = 128;
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for TreeName {
+    type Error = TreeNameError;
+
+    fn try_from(text: String) -> Result<Self, TreeNameError> {
+        let legal = (1..=Self::MAX_LEN).contains(&text.len())
+            && text.starts_with(|first: char| first.is_ascii_alphanumeric())
+            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+        if legal { Ok(Self(text)) } else { Err(TreeNameError(text.chars().take(80).collect())) }
+    }
+}
+
+impl std::str::FromStr for TreeName {
+    type Err = TreeNameError;
+
+    fn from_str(text: &str) -> Result<Self, TreeNameError> {
+        Self::try_from(text.to_owned())
+    }
+}
+
+impl From<TreeName> for String {
+    fn from(name: TreeName) -> String {
+        name.0
+    }
+}
+
+impl fmt::Display for TreeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tree_has_no_name_that_could_mean_a_path() {
+        for bad in ["", ".", "..", ".a", "a/b", "a\0b", "ä", "-x", &"x".repeat(TreeName::MAX_LEN + 1)] {
+            assert!(bad.parse::<TreeName>().is_err(), "{bad:?}");
+            let json = serde_json::to_string(bad).unwrap();
+            assert!(serde_json::from_str::<TreeName>(&json).is_err(), "{bad:?}");
+        }
+        assert_eq!("0a-b_c.d".parse::<TreeName>().unwrap().as_str(), "0a-b_c.d");
+    }
 
     #[test]
     fn only_64_lower_case_hex_digits_are_an_id() {

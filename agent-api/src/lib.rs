@@ -52,7 +52,7 @@ mod seccomp;
 mod types;
 
 pub use confinement::*;
-pub use id::{DiffId, IdError, NetworkId, ProcessId, VolumeId};
+pub use id::{DiffId, IdError, NetworkId, ProcessId, TreeName, TreeNameError, VolumeId};
 pub use network::*;
 pub use seccomp::*;
 pub use types::*;
@@ -61,6 +61,8 @@ pub use types::*;
 pub const API_VERSION: u32 = 5;
 /// Where the guest has its data disk.
 pub const DATA_DISK: &str = "/data";
+/// Tag of the virtio-fs file system with the trees of the host that containers may use.
+pub const HOST_TAG: &str = "coracle";
 /// Port on the host (vsock CID 2) that the agent dials when it is ready.
 pub const READY_PORT: u32 = 1024;
 /// Port in the guest on which the agent serves this API.

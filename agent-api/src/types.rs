@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Device, DeviceRule, DiffId, IpcMode, Network, PidMode, ProcessId, Seccomp, VolumeId};
+use crate::{Device, DeviceRule, DiffId, IpcMode, Network, PidMode, ProcessId, Seccomp, TreeName, VolumeId};
 
 /// What the agent says first, on its own connection to the host.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -46,6 +46,22 @@ pub enum LayerSource {
     },
     /// A file in the agent's own file system (where the agent runs without a VM).
     File {
+        /// Its absolute path.
+        path: String,
+    },
+}
+
+/// Where a tree of the host, a directory or a single file, is in the sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum TreeSource {
+    /// An entry in the root of the file system that the host exports with the tag [`crate::HOST_TAG`].
+    Shared {
+        /// The entry.
+        name: TreeName,
+    },
+    /// In the agent's own file system (where the agent runs without a VM).
+    Path {
         /// Its absolute path.
         path: String,
     },

@@ -114,7 +114,12 @@ pub(crate) fn chain(error: &dyn StdError) -> String {
 
 impl From<SandboxError> for Error {
     fn from(error: SandboxError) -> Self {
-        Self::new(Kind::Unavailable, chain(&error))
+        let kind = match &error {
+            // It is there, and says no.
+            SandboxError::Tree { .. } => Kind::Internal,
+            _ => Kind::Unavailable,
+        };
+        Self::new(kind, chain(&error))
     }
 }
 

@@ -14,7 +14,9 @@ use tokio::{
 };
 
 use super::{Agent, AgentError, Frame};
-use crate::sandbox::{Running, Sandbox, SandboxError, SandboxId, SandboxState};
+use crate::sandbox::{
+    Running, Sandbox, SandboxError, SandboxId, SandboxState, TreeGrant, TreeName, TreeSource,
+};
 
 /// A sandbox whose agent answers every connection with the same bytes and hangs up.
 struct Liar {
@@ -62,6 +64,18 @@ impl Sandbox for Liar {
 
     async fn detach_layer(&self, _: &DiffId) -> Result<(), SandboxError> {
         Ok(())
+    }
+
+    async fn grant(&self, _: &TreeGrant, _: std::os::fd::OwnedFd) -> Result<TreeSource, SandboxError> {
+        Err(SandboxError::NotRunning { id: self.id.clone() })
+    }
+
+    async fn revoke(&self, _: &TreeName) -> Result<(), SandboxError> {
+        Ok(())
+    }
+
+    async fn grants(&self) -> Result<Vec<TreeName>, SandboxError> {
+        Ok(Vec::new())
     }
 
     async fn stop(&self) -> Result<(), SandboxError> {

@@ -12,6 +12,7 @@ use std::{fmt, os::fd::OwnedFd, path::Path, str::FromStr, sync::Arc};
 
 use async_trait::async_trait;
 use coracle_agent_api::{DiffId, Hello, LayerSource};
+pub use coracle_agent_api::{TreeName, TreeSource};
 use serde::{Deserialize, Serialize};
 use tokio::{net::UnixStream, sync::watch};
 
@@ -153,6 +154,14 @@ pub enum SandboxError {
         /// What happened, to which layer.
         reason: String,
     },
+    /// A tree of the host could not be granted or taken back.
+    #[error("cannot share files with the sandbox `{id}`: {reason}")]
+    Tree {
+        /// Which sandbox.
+        id: SandboxId,
+        /// What happened.
+        reason: String,
+    },
     /// The connection to it broke.
     #[error("cannot reach the sandbox `{id}`")]
     Io {
@@ -162,6 +171,26 @@ pub enum SandboxError {
         #[source]
         source: Arc<std::io::Error>,
     },
+}
+
+/// A tree of the host that a sandbox is to have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TreeGrant {
+    /// What it is called in the sandbox and by [`Sandbox::revoke`].
+    pub name: TreeName,
+    /// What the descriptor that comes with it is of.
+    pub kind: TreeKind,
+    /// Whether changes are refused.
+    pub read_only: bool,
+}
+
+/// What a granted tree is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TreeKind {
+    /// A directory and all beneath it.
+    Directory,
+    /// One regular file.
+    File,
 }
 
 /// A machine with an agent in it.
@@ -204,6 +233,17 @@ pub trait Sandbox: Send + Sync + 'static {
 
     /// Undoes [`Sandbox::attach_layer`]; the agent must have let go of it before (`DELETE /v1/layers/…`).
     async fn detach_layer(&self, diff_id: &DiffId) -> Result<(), SandboxError>;
+
+    /// Opens a tree of the host in the sandbox under a name of its own, and says where it is there. The tree is the file or directory
+    /// that `tree` is open on (`O_PATH`); what it contains beneath is all that the guest can reach. The same name again with
+    /// the same tree gives the same answer. Like layers, grants are gone after a restart of the sandbox, but not after a restart of the daemon.
+    async fn grant(&self, grant: &TreeGrant, tree: OwnedFd) -> Result<TreeSource, SandboxError>;
+
+    /// Takes a grant back, whoever still uses it; does nothing if there is none, or if the sandbox does not run.
+    async fn revoke(&self, name: &TreeName) -> Result<(), SandboxError>;
+
+    /// The grants that the running sandbox has, in no particular order; none if it does not run.
+    async fn grants(&self) -> Result<Vec<TreeName>, SandboxError>;
 
     /// Shuts it down: asks the agent to (`POST /v1/shutdown`), then, after a grace period of its own, by force. Returns
     /// when it is gone; does nothing if it does not run.

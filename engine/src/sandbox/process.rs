@@ -1,11 +1,12 @@
 //! A sandbox without a VM: the agent as an ordinary root process on this machine. A seam for tests, not a product mode.
 //!
 //! The agent outlives the object and the process that made it, as a VM outlives the daemon: its pid is kept in a file, its API
-//! is a Unix socket, and a later object with the same folder adopts it. Layers are read where they are.
+//! is a Unix socket, and a later object with the same folder adopts it. Layers are read where they are. A grant of a tree of the host is a
+//! symbolic link in the folder: it goes when it is revoked, and nothing else keeps the agent from the rest of the machine.
 
 use std::{
     io,
-    os::unix::process::CommandExt,
+    os::{fd::AsRawFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
@@ -29,7 +30,9 @@ use tokio::{
     sync::{Mutex, watch},
 };
 
-use super::{BootPhase, Running, Sandbox, SandboxError, SandboxId, SandboxState};
+use super::{
+    BootPhase, Running, Sandbox, SandboxError, SandboxId, SandboxState, TreeGrant, TreeName, TreeSource,
+};
 
 /// The agent must be ready within this.
 const START_TIME: Duration = Duration::from_secs(30);
@@ -110,11 +113,77 @@ impl Shared {
         }
     }
 
+    /// Where the links to granted trees are.
+    fn trees(&self) -> PathBuf {
+        self.path("trees")
+    }
+
+    fn grant(&self, name: &TreeName, tree: &OwnedFd) -> io::Result<TreeSource> {
+        let folder = self.trees();
+        std::fs::create_dir_all(&folder)?;
+        let target = std::fs::read_link(format!("/proc/self/fd/{}", tree.as_raw_fd()))?;
+        let (named, open) = (rustix::fs::stat(&target)?, rustix::fs::fstat(tree)?);
+        if (named.st_dev, named.st_ino) != (open.st_dev, open.st_ino) {
+            return Err(io::Error::other("it has no path any more"));
+        }
+        let link = std::path::absolute(folder.join(name.as_str()))?;
+        match std::os::unix::fs::symlink(&target, &link) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                if std::fs::read_link(&link)? != target {
+                    return Err(io::Error::other("its name is taken by another tree"));
+                }
+            }
+            made => made?,
+        }
+        let path =
+            link.into_os_string().into_string().map_err(|_| io::Error::other("its path is not UTF-8"))?;
+        Ok(TreeSource::Path { path })
+    }
+
+    fn revoke(&self, name: &TreeName) -> io::Result<()> {
+        match std::fs::remove_file(self.trees().join(name.as_str())) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn grants(&self) -> io::Result<Vec<TreeName>> {
+        let entries = match std::fs::read_dir(self.trees()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let name = |entry: io::Result<std::fs::DirEntry>| {
+            let name = entry?.file_name().into_string().map_err(|_| io::ErrorKind::InvalidData)?;
+            TreeName::try_from(name).map_err(io::Error::other)
+        };
+        entries.map(name).collect()
+    }
+
+    /// Does something to the grants, if there is a life of the sandbox that they are of.
+    async fn with_trees<T: Default + Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, SandboxError> {
+        if self.current().is_none() {
+            return Ok(T::default());
+        }
+        let shared = Arc::clone(self);
+        let done = tokio::task::spawn_blocking(move || work(&shared)).await.map_err(io::Error::other);
+        done.flatten().map_err(|error| self.no_tree(error))
+    }
+
+    fn no_tree(&self, reason: impl std::fmt::Display) -> SandboxError {
+        SandboxError::Tree { id: self.id.clone(), reason: reason.to_string() }
+    }
+
     async fn boot(self: &Arc<Self>) -> io::Result<Arc<Running>> {
         let begun = Instant::now();
         std::fs::create_dir_all(&self.folder)?;
         for name in ["ready.sock", "agent.sock", "streams.sock"] {
             let _ = std::fs::remove_file(self.path(name));
+        }
+        for name in self.grants()? {
+            self.revoke(&name)?;
         }
         let ready = UnixListener::bind(self.path("ready.sock"))?;
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("agent.log"))?;
@@ -303,6 +372,24 @@ impl Sandbox for ProcessSandbox {
 
     async fn detach_layer(&self, _diff_id: &DiffId) -> Result<(), SandboxError> {
         Ok(())
+    }
+
+    async fn grant(&self, grant: &TreeGrant, tree: OwnedFd) -> Result<TreeSource, SandboxError> {
+        if self.shared.current().is_none() {
+            return Err(SandboxError::NotRunning { id: self.shared.id.clone() });
+        }
+        let (shared, name) = (Arc::clone(&self.shared), grant.name.clone());
+        let granted = tokio::task::spawn_blocking(move || shared.grant(&name, &tree)).await;
+        granted.map_err(io::Error::other).flatten().map_err(|error| self.shared.no_tree(error))
+    }
+
+    async fn revoke(&self, name: &TreeName) -> Result<(), SandboxError> {
+        let name = name.clone();
+        self.shared.with_trees(move |shared| shared.revoke(&name)).await
+    }
+
+    async fn grants(&self) -> Result<Vec<TreeName>, SandboxError> {
+        self.shared.with_trees(Shared::grants).await
     }
 
     async fn stop(&self) -> Result<(), SandboxError> {

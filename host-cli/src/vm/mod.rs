@@ -27,7 +27,9 @@ use std::{
 
 use async_trait::async_trait;
 use coracle_agent_api::{DiffId, LayerSource};
-use coracle_engine::sandbox::{Running, Sandbox, SandboxError, SandboxFactory, SandboxId, SandboxState};
+use coracle_engine::sandbox::{
+    Running, Sandbox, SandboxError, SandboxFactory, SandboxId, SandboxState, TreeGrant, TreeName, TreeSource,
+};
 use tokio::{net::UnixStream, sync::watch};
 
 use crate::{failure::describe, paths::Home};
@@ -324,6 +326,19 @@ impl Sandbox for Vm {
     async fn detach_layer(&self, diff_id: &DiffId) -> Result<(), SandboxError> {
         let (shared, diff_id) = (Arc::clone(&self.0), diff_id.clone());
         detached(&self.0.id, async move { shared.detach(&diff_id).await }).await
+    }
+
+    async fn grant(&self, _grant: &TreeGrant, _tree: OwnedFd) -> Result<TreeSource, SandboxError> {
+        let reason = "bind mounts do not reach into the virtual machine yet: use a volume, or copy files";
+        Err(SandboxError::Tree { id: self.0.id.clone(), reason: reason.to_owned() })
+    }
+
+    async fn revoke(&self, _name: &TreeName) -> Result<(), SandboxError> {
+        Ok(())
+    }
+
+    async fn grants(&self) -> Result<Vec<TreeName>, SandboxError> {
+        Ok(Vec::new())
     }
 
     async fn stop(&self) -> Result<(), SandboxError> {
