@@ -105,6 +105,9 @@ pub struct ContainerSpec {
     /// Volumes to mount; together with `tmpfs`, what lies deeper is mounted later.
     #[serde(default)]
     pub volumes: Vec<VolumeMount>,
+    /// Trees of the host to mount, in order of depth with `tmpfs` and `volumes`.
+    #[serde(default)]
+    pub binds: Vec<BindMount>,
     /// Files that the daemon writes for the container (`/etc/hosts` and the like): bind mounts from the agent's own copy.
     #[serde(default)]
     pub files: Vec<InjectedFile>,
@@ -189,6 +192,19 @@ pub struct VolumeMount {
     /// If the volume is empty, fill it first with what the image has at `path`, whose owner and mode it takes over too.
     #[serde(default)]
     pub copy_up: bool,
+}
+
+/// A tree of the host in a container: a directory, or a single file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BindMount {
+    /// Where the tree is in the sandbox.
+    pub source: TreeSource,
+    /// Absolute path in the container.
+    pub path: String,
+    /// The container can only read it.
+    #[serde(default)]
+    pub readonly: bool,
 }
 
 /// A volume and its size.

@@ -4,13 +4,13 @@ use std::{
     collections::{HashMap, HashSet},
     path::{Path, PathBuf},
     sync::{
-        Arc, Weak,
+        Arc, Mutex, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
-use coracle_agent_api::{AgentState, DiffId, ProcessId, ProcessState, Retain};
+use coracle_agent_api::{AgentState, DiffId, ProcessId, ProcessState, Retain, TreeName};
 use coracle_image_store::{ImageId, ImageStore, registry::Registries};
 use futures_util::future::join_all;
 use tokio::sync::{Notify, RwLock, oneshot};
@@ -21,7 +21,7 @@ use crate::{
     api::images,
     container::{
         Container, Stop,
-        actor::{self, Message},
+        actor::{self, Message, trees::container_of},
         record::{ContainerId, Record},
         registry::Registry,
         signal,
@@ -83,6 +83,8 @@ pub(crate) struct Core {
     pub(crate) down: Notify,
     pub(crate) tasks: TaskTracker,
     pub(crate) started: UnixNanos,
+    /// Where clients find it.
+    sockets: Mutex<Vec<PathBuf>>,
 }
 
 impl Core {
@@ -124,6 +126,7 @@ impl Core {
             down: Notify::new(),
             tasks,
             started: UnixNanos::now(),
+            sockets: Mutex::default(),
         });
         core.load(facts.containers).await?;
         core.take_over().await;
@@ -142,6 +145,18 @@ impl Core {
         self.tasks.wait().await;
         let core = Arc::clone(self);
         let _ = tokio::task::spawn_blocking(move || core.store.close()).await;
+    }
+
+    /// Clients find the engine at this path, too.
+    pub(crate) fn listens_at(&self, socket: &Path) {
+        if let Ok(socket) = std::path::absolute(socket) {
+            self.sockets.lock().expect("no holder panics").push(socket);
+        }
+    }
+
+    /// Where clients find the engine.
+    pub(crate) fn sockets(&self) -> Vec<PathBuf> {
+        self.sockets.lock().expect("no holder panics").clone()
     }
 
     pub(crate) fn container_folder(&self, id: &ContainerId) -> PathBuf {
@@ -285,6 +300,24 @@ impl Core {
         join_all(told).await;
         for process in processes.into_values() {
             self.see_off(&host, process);
+        }
+        self.revoke_unused(&host).await;
+    }
+
+    /// Takes back the trees of the host that no running container has: the daemon that granted them ended before it could.
+    async fn revoke_unused(&self, host: &Host) {
+        let grants = host.grants().await.unwrap_or_else(|error| {
+            tracing::error!(sandbox = %host.id(), error = chain(&error), "cannot learn which trees of the host it has");
+            Vec::new()
+        });
+        let is_used = |name: &TreeName| {
+            let user = container_of(name).and_then(|id| self.containers.find(id.as_str()).ok());
+            user.is_some_and(|container| container.is_running())
+        };
+        for name in grants.iter().filter(|name| !is_used(name)) {
+            if let Err(error) = host.revoke(name).await {
+                tracing::error!(tree = %name, error = chain(&error), "cannot take back a tree of the host");
+            }
         }
     }
 

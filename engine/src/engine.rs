@@ -45,6 +45,11 @@ impl Engine {
     /// has ended when this returns: connections, tasks, the open state.
     pub async fn serve(self, listener: UnixListener, shutdown: impl Future<Output = ()> + Send) -> ServeEnd {
         let end = CancellationToken::new();
+        if let Ok(address) = listener.local_addr()
+            && let Some(path) = address.as_pathname()
+        {
+            self.core.listens_at(path);
+        }
         let serving = server::serve(&self.core, listener, &end);
         let reason = async {
             let reason = tokio::select! {

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, Weak},
 };
 
-use coracle_agent_api::{DiffId, Layer, ProcessId, Retain};
+use coracle_agent_api::{DiffId, Layer, ProcessId, Retain, TreeName, TreeSource};
 use tokio::sync::{Mutex as AsyncMutex, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -16,7 +16,7 @@ use crate::{
     core::Core,
     egress::{HostFiles, WayOut},
     error::{Result, chain},
-    sandbox::{Running, Sandbox, SandboxFactory, SandboxId, SandboxState},
+    sandbox::{Running, Sandbox, SandboxError, SandboxFactory, SandboxId, SandboxState, TreeGrant},
 };
 
 /// Layers attached at once at most; the guest has 255 partitions.
@@ -62,6 +62,25 @@ impl Host {
     /// See [`Sandbox::pass_stream`].
     pub(crate) async fn pass_stream(&self, port: u32, from: u32, stream: OwnedFd) -> Result<()> {
         Ok(self.sandbox.pass_stream(port, from, stream).await?)
+    }
+
+    /// See [`Sandbox::grant`].
+    pub(crate) async fn grant(
+        &self,
+        grant: &TreeGrant,
+        tree: OwnedFd,
+    ) -> std::result::Result<TreeSource, SandboxError> {
+        self.sandbox.grant(grant, tree).await
+    }
+
+    /// See [`Sandbox::revoke`].
+    pub(crate) async fn revoke(&self, name: &TreeName) -> std::result::Result<(), SandboxError> {
+        self.sandbox.revoke(name).await
+    }
+
+    /// See [`Sandbox::grants`].
+    pub(crate) async fn grants(&self) -> std::result::Result<Vec<TreeName>, SandboxError> {
+        self.sandbox.grants().await
     }
 
     pub(crate) fn state(&self) -> watch::Receiver<SandboxState> {

@@ -30,33 +30,20 @@ fn inspect(daemon: &Daemon, name: &str, format: &str) -> String {
     daemon.ok(&["inspect", "-f", format, name]).trim().to_owned()
 }
 
-/// Waits until an `inspect` says this.
-fn until(daemon: &Daemon, name: &str, format: &str, wanted: &str) {
-    let mut seen = String::new();
-    for _ in 0..200 {
-        seen = inspect(daemon, name, format);
-        if seen == wanted {
-            return;
-        }
-        thread::sleep(Duration::from_millis(25));
-    }
-    panic!("{name}: {format} is {seen}, not {wanted}");
-}
-
 #[test]
 fn a_container_that_fails_is_started_again_as_often_as_its_policy_says() {
     let (_machine, daemon) = with_busybox();
     run(&daemon, "fails", "on-failure:2", "echo run; exit 3");
-    until(&daemon, "fails", "{{.State.Status}} {{.RestartCount}} {{.State.ExitCode}}", "exited 2 3");
+    daemon.until("fails", "{{.State.Status}} {{.RestartCount}} {{.State.ExitCode}}", "exited 2 3");
     assert_eq!(daemon.ok(&["logs", "fails"]), "run\nrun\nrun\n");
 
     run(&daemon, "succeeds", "on-failure", "exit 0");
     assert_eq!(daemon.ok(&["wait", "succeeds"]), "0\n");
-    until(&daemon, "succeeds", "{{.State.Status}} {{.RestartCount}}", "exited 0");
+    daemon.until("succeeds", "{{.State.Status}} {{.RestartCount}}", "exited 0");
 
     // By hand, the count begins anew.
     daemon.ok(&["start", "fails"]);
-    until(&daemon, "fails", "{{.State.Status}} {{.RestartCount}}", "exited 2");
+    daemon.until("fails", "{{.State.Status}} {{.RestartCount}}", "exited 2");
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let now = format!("{}.{:09}", now.as_secs(), now.subsec_nanos());
     let filter = "container=fails";
@@ -89,8 +76,7 @@ fn a_container_that_waits_for_its_restart_can_be_stopped_killed_and_removed() {
             }
             thread::sleep(Duration::from_millis(25));
         }
-        until(
-            &daemon,
+        daemon.until(
             name,
             "{{.State.Status}} {{.State.Running}} {{.State.Restarting}}",
             "restarting true true",
@@ -123,8 +109,8 @@ fn a_stopped_container_stays_stopped_until_the_policy_is_told_otherwise() {
     daemon.wait();
 
     let daemon = Daemon::start(&machine);
-    until(&daemon, "always", "{{.State.Status}}", "running");
-    until(&daemon, "going", "{{.State.Status}}", "running");
+    daemon.until("always", "{{.State.Status}}", "running");
+    daemon.until("going", "{{.State.Status}}", "running");
     assert_eq!(inspect(&daemon, "unless-stopped", "{{.State.Status}}"), "exited");
     assert_eq!(inspect(&daemon, "no", "{{.State.Status}}"), "exited");
     assert_eq!(inspect(&daemon, "fresh", "{{.State.Status}}"), "created");
@@ -136,14 +122,14 @@ fn containers_of_a_sandbox_that_died_come_back_by_their_policy() {
     run(&daemon, "back", "on-failure", "sleep 1000");
     run(&daemon, "gone", "no", "sleep 1000");
     machine.kill_sandbox();
-    until(&daemon, "back", "{{.State.Status}} {{.RestartCount}}", "running 1");
+    daemon.until("back", "{{.State.Status}} {{.RestartCount}}", "running 1");
     assert_eq!(inspect(&daemon, "gone", "{{.State.Status}} {{.State.ExitCode}}"), "exited 255");
 
     // Also when no daemon saw it.
     daemon.end();
     machine.kill_sandbox();
     let daemon = Daemon::start(&machine);
-    until(&daemon, "back", "{{.State.Status}} {{.RestartCount}}", "running 2");
+    daemon.until("back", "{{.State.Status}} {{.RestartCount}}", "running 2");
     daemon.ok(&["rm", "-f", "back"]);
 }
 
@@ -154,7 +140,7 @@ fn a_policy_can_be_changed_and_nonsense_cannot() {
     daemon.load_busybox();
     run(&daemon, "web", "always", "sleep 0.2; exit 1");
     daemon.ok(&["update", "--restart", "no", "web"]);
-    until(&daemon, "web", "{{.State.Status}} {{.HostConfig.RestartPolicy.Name}}", "exited no");
+    daemon.until("web", "{{.State.Status}} {{.HostConfig.RestartPolicy.Name}}", "exited no");
     daemon.ok(&["update", "--restart", "on-failure:1", "web"]);
     daemon.ok(&["run", "-d", "--rm", "--name", "brief", "--network", "none", "busybox", "sleep", "100"]);
     let error = daemon.fails(1, &["update", "--restart", "always", "brief"]);

@@ -24,8 +24,8 @@ fn a_container_runs_and_its_exit_code_is_the_clients() {
         let args = [&["run", "--rm", "--network", "none", "busybox"], command].concat();
         daemon.fails(code, &args);
     }
-    let refused = daemon.fails(125, &["run", "--rm", "-v", "/tmp:/x", "busybox", "true"]);
-    assert!(refused.contains("--volume"), "{refused}");
+    let refused = daemon.fails(125, &["run", "--rm", "-v", "/tmp:/x:shared", "busybox", "true"]);
+    assert!(refused.contains("bind-propagation=shared"), "{refused}");
     let missing = daemon.fails(125, &["run", "--rm", "nosuchimage", "true"]);
     assert!(
         missing.contains("Unable to find image 'nosuchimage:latest' locally")

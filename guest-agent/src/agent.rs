@@ -23,6 +23,7 @@ use crate::containers::{Container, Containers, Holdings};
 use crate::egress::Egress;
 use crate::error::{AtStep, Result, conflict, from_io, not_found};
 use crate::fork_server::ForkServer;
+use crate::host_trees::HostTrees;
 use crate::layers::Layers;
 use crate::network::Networks;
 use crate::network::forward::Forwards;
@@ -50,6 +51,8 @@ pub(crate) struct Paths {
     pub cgroup_name: String,
     /// What all containers together leave to others.
     pub room: Option<Room>,
+    /// Where the file system that the host exports is mounted when it is first needed; none where there is no host.
+    pub host_trees: Option<PathBuf>,
     /// What containers share with others through memory is mounted below this directory.
     pub shm: PathBuf,
 }
@@ -64,6 +67,7 @@ pub(crate) struct Agent {
     layers: Arc<Layers>,
     storage: Arc<Storage>,
     volumes: Arc<Volumes>,
+    host_trees: HostTrees,
     networks: Arc<Networks>,
     forwards: Arc<Forwards>,
     listeners: Arc<Listeners>,
@@ -111,6 +115,7 @@ impl Agent {
             layers: Layers::new(paths.layers.clone()),
             storage: Arc::new(Storage::new(&paths.data)?),
             volumes: Arc::new(Volumes::new(&paths.data)?),
+            host_trees: HostTrees::new(paths.host_trees.clone()),
             networks,
             forwards,
             listeners: Listeners::start(cgroups.open()?.as_fd()),

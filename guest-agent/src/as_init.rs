@@ -129,6 +129,7 @@ async fn serve(fork_server: fork_server::Unattached, mut phases: Phases) -> io::
         cgroup: CGROUP.into(),
         cgroup_name: "coracle".to_owned(),
         room: Some(ROOM),
+        host_trees: Some("/run/coracle/host".into()),
         shm: "/run/shm".into(),
     };
     let egress = Egress::start(Incoming::Vsock)?;

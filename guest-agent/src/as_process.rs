@@ -45,6 +45,7 @@ pub fn run(options: &Options) -> io::Result<()> {
         mount_point: run.join("root"),
         cgroup: run.join("cgroup"),
         room: None,
+        host_trees: None,
         shm: run.join("shm"),
         cgroup_name: format!("coracle-{}", std::process::id()),
         data,

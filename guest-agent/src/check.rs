@@ -1,7 +1,7 @@
 //! Checks requests before anything is done for them: what is out of range is refused by name.
 
 use coracle_agent_api::{
-    ContainerSpec, Endpoint, IpcMode, Network, ProcessId, ProcessSpec, Resources, WayOut,
+    ContainerSpec, Endpoint, IpcMode, Network, ProcessId, ProcessSpec, Resources, TreeSource, WayOut,
 };
 
 use crate::child;
@@ -33,6 +33,12 @@ pub(crate) fn container(spec: &ContainerSpec) -> Result<()> {
         absolute("volume", &mount.path)?;
         if mount.subpath.starts_with('/') || mount.subpath.contains('\0') {
             return Err(invalid(format!("the volume's path `{}` is not a relative path", mount.subpath)));
+        }
+    }
+    for mount in &spec.binds {
+        absolute("bind mount", &mount.path)?;
+        if let TreeSource::Path { path } = &mount.source {
+            absolute("source of a bind mount", path)?;
         }
     }
     let files = spec.files.iter().map(|file| ("file", &file.path));

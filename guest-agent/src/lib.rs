@@ -19,6 +19,7 @@ mod containers;
 mod egress;
 mod error;
 mod fork_server;
+mod host_trees;
 mod http;
 mod incoming;
 mod layers;

@@ -26,6 +26,7 @@ use crate::{
     container::{
         Container,
         files::{self, Work},
+        mounts,
         state::Status,
     },
     error::{Error, Result, chain},
@@ -75,9 +76,14 @@ fn usable(container: &Container) -> Result<()> {
     }
 }
 
+fn within_reach(container: &Container, path: &str) -> Result<()> {
+    if container.is_running() { Ok(()) } else { mounts::check_stopped(&container.record(), path) }
+}
+
 pub(crate) async fn stat(request: &Request, id: &str) -> Result<Response> {
     let (container, path) = (request.core.containers.find(id)?, path(request)?);
     usable(&container)?;
+    within_reach(&container, &path)?;
     let mut work =
         files::open(&request.core, &container, FilesOperation::Stat { path: path.clone() }).await?;
     match work.answer.next().await.map_err(|error| failed(error, &path, &container))? {
@@ -89,6 +95,7 @@ pub(crate) async fn stat(request: &Request, id: &str) -> Result<Response> {
 pub(crate) async fn get(request: &Request, id: &str) -> Result<Response> {
     let (container, path) = (request.core.containers.find(id)?, path(request)?);
     usable(&container)?;
+    within_reach(&container, &path)?;
     let mut work =
         files::open(&request.core, &container, FilesOperation::Read { path: path.clone() }).await?;
     let stat = match work.answer.next().await.map_err(|error| failed(error, &path, &container))? {
@@ -195,13 +202,22 @@ fn go_mode(mode: u32) -> u32 {
     kind | bit(0o4000, 1 << 23) | bit(0o2000, 1 << 22) | bit(0o1000, 1 << 20) | mode & 0o777
 }
 
-pub(crate) async fn put(request: Request, id: &str) -> Result<Response> {
-    let (container, path) = (request.core.containers.find(id)?, path(&request)?);
-    usable(&container)?;
-    let record = container.record();
-    if record.host_config.readonly_rootfs {
-        return Err(Error::invalid("container rootfs is marked read-only"));
+fn writable(container: &Container, path: &str) -> Result<()> {
+    usable(container)?;
+    within_reach(container, path)?;
+    match container.record().host_config.readonly_rootfs {
+        true => Err(Error::invalid("container rootfs is marked read-only")),
+        false => Ok(()),
     }
+}
+
+pub(crate) async fn put(mut request: Request, id: &str) -> Result<Response> {
+    let (container, path) = (request.core.containers.find(id)?, path(&request)?);
+    if let Err(refusal) = writable(&container, &path) {
+        request.skip_body().await;
+        return Err(refusal);
+    }
+    let record = container.record();
     let owner = request.query.flag("copyUIDGID").then(|| record.config.user.clone());
     let operation = FilesOperation::Write {
         path: path.clone(),

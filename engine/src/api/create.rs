@@ -45,6 +45,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
     // Until the container is known, its volumes must not go.
     let _volumes_stay = core.volumes.gate.read().await;
     let wanted = mounts::wanted(core, &config, &host_config)?;
+    check_sources(core, &wanted).await?;
     let sandbox = SandboxId::shared();
     warm_up(&request, &sandbox);
     let id = names::new_id();
@@ -83,15 +84,28 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
 }
 
 /// Writes it down, then lets it be found.
-async fn make(request: &Request, mut record: Record, wanted: Vec<Wanted>) -> Result<Arc<Container>> {
+async fn make(request: &Request, mut record: Record, wanted: Wanted) -> Result<Arc<Container>> {
     let core = &request.core;
-    let (volumes, made) = core.make_volumes(wanted).await?;
+    let (volumes, made) = core.make_volumes(wanted.volumes).await?;
     record.volumes = volumes;
+    record.binds = wanted.binds;
     let result = write_down(core, record).await;
     if result.is_err() {
         core.undo_volumes(&made).await;
     }
     result
+}
+
+/// Misses early what a start would miss.
+async fn check_sources(core: &Core, wanted: &Wanted) -> Result<()> {
+    if wanted.binds.is_empty() {
+        return Ok(());
+    }
+    let (binds, sockets) = (wanted.binds.clone(), core.sockets());
+    tokio::task::spawn_blocking(move || {
+        binds.iter().try_for_each(|bind| mounts::source::check(bind, &sockets))
+    })
+    .await?
 }
 
 async fn write_down(core: &Arc<Core>, record: Record) -> Result<Arc<Container>> {

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::networks;
 use crate::{
-    container::{Container, files, health::HealthStatus, record::Record, state::Status},
+    container::{Container, files, health::HealthStatus, mounts, record::Record, state::Status},
     core::Core,
     error::{Error, Result},
     http::{filters::Filters, query::Query},
@@ -146,6 +146,7 @@ pub(super) fn matches(record: &Record, filters: &Filters) -> bool {
         && filters.any("ancestor", ancestor)
         && filters.any("volume", |wanted| {
             record.volumes.iter().any(|attached| attached.volume == wanted || attached.path == wanted)
+                || record.binds.iter().any(|bind| bind.source == wanted || bind.path == wanted)
         })
         && filters.any("network", |wanted| {
             record.networks.iter().any(|(name, attached)| {
@@ -195,7 +196,7 @@ pub(crate) fn summary(core: &Core, container: &Container) -> Value {
         "Status": status_line(record, container.health().map(|health| health.status)),
         "HostConfig": { "NetworkMode": record.host_config.network_mode },
         "NetworkSettings": { "Networks": networks::of_container(core, record) },
-        "Mounts": [],
+        "Mounts": mounts::describe(core, record),
     })
 }
 

@@ -6,6 +6,7 @@
 mod connect;
 mod end;
 mod probing;
+pub(crate) mod trees;
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use coracle_agent_api::{ErrorKind, IpcMode, Layer, Network, PidMode, ProcessState};
+use coracle_agent_api::{ErrorKind, IpcMode, Layer, Network, PidMode, ProcessState, TreeName};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -120,6 +121,8 @@ struct Actor {
     /// Ends the probes of its health, while there are any.
     probing: Option<CancellationToken>,
     probed_run: u64,
+    /// The trees of the host that its sandbox was granted for it.
+    trees: Vec<TreeName>,
     backoff: Backoff,
     /// When it is to be started again, while it waits for that.
     restart_due: Option<tokio::time::Instant>,
@@ -137,6 +140,7 @@ pub(crate) fn spawn(core: &Arc<Core>, record: Record) -> Result<Arc<Container>, 
         run_over: CancellationToken::new(),
         probing: None,
         probed_run: 0,
+        trees: Vec::new(),
         backoff: Backoff::default(),
         restart_due: None,
         removed: false,
@@ -216,7 +220,8 @@ impl Actor {
         self.begin_trace(asked);
         let result = self.start_in_sandbox().await;
         if let Err(failure) = result {
-            self.core.sandboxes.get(&self.record.sandbox).release(&self.record.id).await;
+            let host = self.host();
+            self.let_go(&host).await;
             return Err(self.start_failed(failure).await);
         }
         Ok(())
@@ -243,10 +248,11 @@ impl Actor {
         let layers = self.attach_layers(&host).await?;
         self.mark("layers-attached");
         let volumes = self.core.volume_mounts(&self.record)?;
+        let binds = self.grant_trees(&host).await?;
         let network = self.join_networks().await?;
         self.mark("networks-joined");
         let donors = spec::Donors { network, links: self.core.links(&self.record)?, ..self.donors()? };
-        let spec = spec::build(&self.record, layers, donors, volumes)?;
+        let spec = spec::build(&self.record, layers, donors, spec::Mounts { volumes, binds })?;
         let id = self.record.id.clone();
         let started = match host.agent().start(&id, &spec).await {
             // Left from a start that an earlier daemon did not live to hear of.
@@ -490,8 +496,9 @@ impl Actor {
         }
     }
 
-    async fn remove_everything(&self) -> Result<()> {
+    async fn remove_everything(&mut self) -> Result<()> {
         let host = self.host();
+        self.revoke_trees(&host).await;
         if host.is_running() {
             // What a stopped sandbox keeps of it goes when the sandbox is started again.
             match host.agent().remove_container(&self.record.id).await {
@@ -520,6 +527,7 @@ impl Actor {
         if process.exit.is_none() {
             self.core.republish_ports(&self.record);
         }
+        self.adopt_trees(&host).await;
         let at = UnixNanos::from_u64(process.started_unix_nanos);
         if !self.record.state.status.is_running() {
             let change = Change::Started { pid: process.pid.max(1), at };

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use coracle_image_store::config::ContainerConfig as ImageConfig;
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use super::health::Healthcheck;
 use super::isolation::DeviceMapping;
@@ -167,9 +168,30 @@ pub(crate) struct MountRequest {
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(crate) consistency: String,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bind_options: Option<BindOptions>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) volume_options: Option<VolumeOptions>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) tmpfs_options: Option<TmpfsOptions>,
+    /// Known so that it is not overlooked: no kind of mount that there is has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) image_options: Option<Value>,
+}
+
+/// What `--mount type=bind` can say more.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct BindOptions {
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(crate) propagation: String,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) non_recursive: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) create_mountpoint: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) read_only_non_recursive: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) read_only_force_recursive: bool,
 }
 
 /// What `--mount type=volume` can say more.

@@ -37,6 +37,9 @@ pub(crate) struct Record {
     /// The volumes that are mounted.
     #[serde(default)]
     pub(crate) volumes: Vec<Attachment>,
+    /// The directories and files of the host that are mounted.
+    #[serde(default)]
+    pub(crate) binds: Vec<Bind>,
     /// The networks that it is on, by name.
     #[serde(default)]
     pub(crate) networks: BTreeMap<String, Attached>,
@@ -60,6 +63,22 @@ pub(crate) struct Attachment {
     pub(crate) no_copy: bool,
     /// The mode as the client wrote it.
     pub(crate) mode: String,
+}
+
+/// A directory or a file of the host in a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Bind {
+    /// Where it is on the host: an absolute path, cleaned, whose symbolic links are followed at each start.
+    pub(crate) source: String,
+    /// Where it is mounted.
+    pub(crate) path: String,
+    pub(crate) readonly: bool,
+    /// If there is nothing, an empty directory is made.
+    pub(crate) create: bool,
+    /// The mode as the client wrote it.
+    pub(crate) mode: String,
+    /// How mounts beneath it spread, in Docker's word.
+    pub(crate) propagation: String,
 }
 
 /// Why bytes are no record.
@@ -86,7 +105,6 @@ impl Record {
         let created = UnixNanos::now();
         let image = image.to_string();
         let state = State::created();
-        let volumes = Vec::new();
         Self {
             format: FORMAT,
             id,
@@ -97,7 +115,8 @@ impl Record {
             platform,
             config,
             host_config,
-            volumes,
+            volumes: Vec::new(),
+            binds: Vec::new(),
             networks: BTreeMap::new(),
             ports: Vec::new(),
             state,

@@ -1,8 +1,8 @@
 //! From a container's record to what the agent is told to start.
 
 use coracle_agent_api::{
-    ContainerSpec, InjectedFile, IpcMode, Layer, Network, PidMode, ProcessSpec, Seccomp, TerminalSize,
-    VolumeMount,
+    BindMount, ContainerSpec, InjectedFile, IpcMode, Layer, Network, PidMode, ProcessSpec, Seccomp,
+    TerminalSize, VolumeMount,
 };
 
 use super::{
@@ -46,12 +46,19 @@ pub(crate) struct Donors {
     pub(crate) links: Vec<Link>,
 }
 
+/// What is mounted in a container, as its sandbox knows it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Mounts {
+    pub(crate) volumes: Vec<VolumeMount>,
+    pub(crate) binds: Vec<BindMount>,
+}
+
 /// Builds the specification.
 pub(crate) fn build(
     record: &Record,
     layers: Vec<Layer>,
     donors: Donors,
-    volumes: Vec<VolumeMount>,
+    Mounts { volumes, binds }: Mounts,
 ) -> Result<ContainerSpec> {
     let host = &record.host_config;
     let security = options::security(&host.security_opt)?;
@@ -59,6 +66,9 @@ pub(crate) fn build(
         true => Vec::new(),
         false => paths(given, defaults),
     };
+    let mut files = files(record, &donors.links)?;
+    // Whoever mounts such a file wants that one.
+    files.retain(|file| !binds.iter().any(|bind| bind.path == file.path));
     Ok(ContainerSpec {
         layers,
         hostname: record.config.hostname.clone(),
@@ -72,7 +82,8 @@ pub(crate) fn build(
             .unwrap_or(options::DEFAULT_SHM.unsigned_abs()),
         tmpfs: options::tmpfs(host)?,
         volumes,
-        files: files(record, &donors.links)?,
+        binds,
+        files,
         masked_paths: hidden(host.masked_paths.as_ref(), MASKED_PATHS),
         readonly_paths: hidden(host.readonly_paths.as_ref(), READONLY_PATHS),
         resources: resources::convert(host),
@@ -183,7 +194,7 @@ mod tests {
         let name = "web".to_owned();
         let record =
             Record::new(id, name, SandboxId::shared(), &image, "linux/amd64".to_owned(), config, host_config);
-        build(&record, Vec::new(), Donors::default(), Vec::new()).unwrap()
+        build(&record, Vec::new(), Donors::default(), Mounts::default()).unwrap()
     }
 
     #[test]

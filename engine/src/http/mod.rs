@@ -26,6 +26,8 @@ use version::ApiVersion;
 
 /// The largest JSON body that is read.
 const MAX_JSON: usize = 4 * 1024 * 1024;
+/// What is read of a body that no one wants, in bytes.
+const MAX_SKIPPED: usize = 256 * 1024;
 
 /// An answer.
 pub(crate) type Response = http::Response<body::Body>;
@@ -52,5 +54,10 @@ impl Request {
             Error::invalid(format!("cannot read the body (at most {MAX_JSON} bytes): {error}"))
         })?;
         Ok(collected.to_bytes())
+    }
+
+    /// Before a refusal: most clients hear no answer while they still send. As with Go's server, one that has much to send is cut off.
+    pub(crate) async fn skip_body(&mut self) {
+        let _ = Limited::new(&mut self.body, MAX_SKIPPED).collect().await;
     }
 }

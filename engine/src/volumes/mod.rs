@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     container::{
-        mounts::Wanted,
+        mounts::WantedVolume,
         names,
         record::{Attachment, Record},
     },
@@ -191,10 +191,10 @@ impl Core {
     /// holds the volumes' gate.
     pub(crate) async fn make_volumes(
         &self,
-        wanted: Vec<Wanted>,
+        wanted: Vec<WantedVolume>,
     ) -> Result<(Vec<Attachment>, Vec<Arc<Volume>>)> {
         let (mut attachments, mut made) = (Vec::new(), Vec::new());
-        for Wanted { name, labels, attachment } in wanted {
+        for WantedVolume { name, labels, attachment } in wanted {
             match self.volumes.make(&self.store, name.as_deref(), labels).await {
                 Ok((volume, is_new)) => {
                     attachments.push(Attachment { volume: volume.name.clone(), ..attachment });

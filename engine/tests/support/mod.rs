@@ -203,6 +203,19 @@ impl Daemon {
         text(&output.stderr)
     }
 
+    /// Waits until an `inspect` says this.
+    pub(crate) fn until(&self, name: &str, format: &str, wanted: &str) {
+        let mut seen = String::new();
+        for _ in 0..200 {
+            seen = self.ok(&["inspect", "-f", format, name]);
+            if seen.trim() == wanted {
+                return;
+            }
+            thread::sleep(Duration::from_millis(25));
+        }
+        panic!("{name}: {format} is {seen}, not {wanted}");
+    }
+
     /// Runs docker with bytes on its standard input.
     pub(crate) fn with_input(&self, args: &[&str], input: Vec<u8>) -> Output {
         let mut child = self

@@ -33,6 +33,7 @@ struct Prepared {
     holdings: Holdings,
     files: Vec<String>,
     volumes: Vec<String>,
+    trees: Vec<String>,
     seccomp: Option<Arc<Filter>>,
     shm: Shm,
     /// Where others find its shared memory.
@@ -132,6 +133,7 @@ impl Agent {
             mut holdings,
             files,
             volumes,
+            trees,
             seccomp,
             shm,
             shared,
@@ -150,7 +152,7 @@ impl Agent {
         let new_network = spec.network.clone();
         let all_capabilities = spec.privileged;
         let mount_point = self.mount_point.clone();
-        let new = NewContainer { spec, mount_point, files, volumes, devices_ruled, shm };
+        let new = NewContainer { spec, mount_point, files, volumes, trees, devices_ruled, shm };
         let task = Task {
             place: Place::New(Box::new(new)),
             process,
@@ -208,13 +210,26 @@ impl Agent {
         let root = self.storage.mount_root(id, &layers.lower_directories(), devices_ruled)?;
         let files = self.storage.write_files(id, &spec.files)?;
         let volumes = self.volumes.prepare(&root, &spec.volumes)?;
+        let trees = self.host_trees.locate(&spec.binds)?;
         let (shm, shared, owned_shm) = self.shared_memory(id, spec, &donors)?;
         let cgroup = Arc::new(self.cgroups.create(id, &spec.cgroup_parent, &spec.resources, &devices)?);
         let mut ports = Interfaces::new(&self.networks, id);
         let network = self.network(&spec.network, &mut ports)?;
         let names = self.name_sockets(&spec.network, network.as_deref())?;
         let holdings = Holdings { cgroup, root, layers, shm: owned_shm, ports };
-        Ok(Prepared { holdings, files, volumes, seccomp, shm, shared, devices_ruled, donors, network, names })
+        Ok(Prepared {
+            holdings,
+            files,
+            volumes,
+            trees,
+            seccomp,
+            shm,
+            shared,
+            devices_ruled,
+            donors,
+            network,
+            names,
+        })
     }
 
     /// A container's network namespace, and in it what the container is connected to.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use coracle_agent_api::{ApiError, ContainerSpec, ErrorKind, TmpfsMount, VolumeMount};
+use coracle_agent_api::{ApiError, BindMount, ContainerSpec, ErrorKind, TmpfsMount, VolumeMount};
 use rustix::fs::{FileType, Mode};
 use rustix::mount::{MountAttrFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags};
@@ -161,6 +161,7 @@ fn fixed_directory(root: &RootDir, path: &str) -> io::Result<OwnedFd> {
 enum Wanted<'a> {
     Tmpfs(&'a TmpfsMount),
     Volume(&'a VolumeMount, &'a str),
+    Bind(&'a BindMount, &'a str),
 }
 
 impl Wanted<'_> {
@@ -168,6 +169,7 @@ impl Wanted<'_> {
         match self {
             Self::Tmpfs(mount) => &mount.path,
             Self::Volume(mount, _) => &mount.path,
+            Self::Bind(mount, _) => &mount.path,
         }
     }
 }
@@ -175,13 +177,15 @@ impl Wanted<'_> {
 fn wanted_mounts(root: &RootDir, new: &NewContainer) -> Result<()> {
     let volumes = new.spec.volumes.iter().zip(&new.volumes);
     let volumes = volumes.map(|(mount, directory)| Wanted::Volume(mount, directory));
-    let mut wanted: Vec<_> = new.spec.tmpfs.iter().map(Wanted::Tmpfs).chain(volumes).collect();
+    let binds = new.spec.binds.iter().zip(&new.trees).map(|(mount, tree)| Wanted::Bind(mount, tree));
+    let mut wanted: Vec<_> = new.spec.tmpfs.iter().map(Wanted::Tmpfs).chain(volumes).chain(binds).collect();
     // What lies deeper is mounted later.
     wanted.sort_by_key(|wanted| Path::new(wanted.path()).components().count());
     for wanted in wanted {
         match wanted {
             Wanted::Tmpfs(mount) => mount_tmpfs(root, mount)?,
             Wanted::Volume(mount, directory) => mount_volume(root, mount, directory, new.devices_ruled)?,
+            Wanted::Bind(mount, tree) => mount_tree(root, mount, tree, new.devices_ruled)?,
         }
     }
     Ok(())
@@ -217,10 +221,38 @@ fn mount_volume(root: &RootDir, mount: &VolumeMount, directory: &str, devices_ru
         return Err(ApiError::new(ErrorKind::StartFailed, message));
     }
     let made = mounts::bind(&source).at(step())?;
-    let readonly = if mount.readonly { libc::MOUNT_ATTR_RDONLY } else { 0 };
-    let nodev = if devices_ruled { 0 } else { libc::MOUNT_ATTR_NODEV };
-    sys::mount_setattr(&made, false, nodev | readonly, 0).at(step())?;
+    set_access(&made, mount.readonly, devices_ruled).at(step())?;
     mounts::attach(made, target).at(step())
+}
+
+/// `tree` is the tree in the agent's file system: its root is what the host granted, and what it holds is the host's.
+fn mount_tree(root: &RootDir, mount: &BindMount, tree: &str, devices_ruled: bool) -> Result<()> {
+    let step = || format!("error mounting a tree of the host to rootfs at \"{}\"", mount.path);
+    let source = root_dir::open(tree).at(step())?;
+    let kind = if is_directory(&source).at(step())? { Kind::Directory } else { Kind::File };
+    let target = root.find_or_make(&mount.path, kind).at(step())?;
+    if is_directory(&target).at(step())? != (kind == Kind::Directory) {
+        let message = format!(
+            "{}: not a directory: Are you trying to mount a directory onto a file (or vice-versa)? \
+             Check if the specified host path exists and is the expected type",
+            step()
+        );
+        return Err(ApiError::new(ErrorKind::StartFailed, message));
+    }
+    let made = mounts::bind(&source).at(step())?;
+    set_access(&made, mount.readonly, devices_ruled).at(step())?;
+    mounts::attach(made, target).at(step())
+}
+
+/// What a container may do with a mount of what the agent has without rights of any kind. As with Docker, a program in it has its owner's
+/// rights, in this machine; device nodes open something where the use of devices is ruled otherwise.
+fn set_access(mount: &OwnedFd, readonly: bool, devices_ruled: bool) -> io::Result<()> {
+    let readonly = if readonly { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    let (set, clear) = match devices_ruled {
+        true => (readonly, libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV),
+        false => (readonly | libc::MOUNT_ATTR_NODEV, libc::MOUNT_ATTR_NOSUID),
+    };
+    sys::mount_setattr(mount, false, set, clear)
 }
 
 fn hide(root: &RootDir, paths: &[String]) -> Result<()> {

@@ -189,6 +189,11 @@ pub(crate) fn open_directory(path: impl AsRef<Path>) -> io::Result<OwnedFd> {
     Ok(rustix::fs::openat(CWD, path.as_ref(), flags, Mode::empty())?)
 }
 
+/// A handle to anything in the agent's own file system.
+pub(super) fn open(path: impl AsRef<Path>) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::openat(CWD, path.as_ref(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;

@@ -74,6 +74,8 @@ pub(crate) struct NewContainer {
     pub files: Vec<String>,
     /// The directories of `spec.volumes`, in their order.
     pub volumes: Vec<String>,
+    /// Where the trees of `spec.binds` are in the agent's mount namespace, in their order.
+    pub trees: Vec<String>,
     /// The use of devices is ruled by the cgroup, so that their nodes need not be kept from opening anything.
     pub devices_ruled: bool,
     /// What /dev/shm is.

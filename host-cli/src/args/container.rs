@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::{
     SessionArgs,
     isolation::{Isolation, IsolationOptions, security_option},
-    mount::{Mount, mount},
+    mount::{Mount, mount, volume},
     network::{HostNetwork, NetworkOptions},
     size,
 };
@@ -117,10 +117,10 @@ pub(crate) struct CreateOptions {
     /// Make its root file system read-only
     #[arg(long)]
     read_only: bool,
-    /// Mount a volume
+    /// Mount a volume, or a directory or a file of the host: NAME:PATH or ./HERE:PATH, with :ro to read only
     #[arg(short, long, value_name = "[NAME:]PATH[:OPTIONS]")]
     volume: Vec<String>,
-    /// Mount a volume or a tmpfs: type=volume,src=NAME,dst=PATH
+    /// Mount a volume, something of the host, or a tmpfs: type=volume|bind|tmpfs,src=SOURCE,dst=PATH
     #[arg(long, value_name = "FIELDS")]
     mount: Vec<String>,
     /// Mount the volumes of another container
@@ -302,7 +302,7 @@ impl CreateOptions {
             cpuset_cpus: self.cpuset_cpus.clone().unwrap_or_default(),
             pids_limit: self.pids_limit,
             tmpfs: self.tmpfs.iter().map(|mount| key_and_value(mount, ':')).collect(),
-            binds: self.volume.clone(),
+            binds: self.volume.iter().map(|text| volume(text)).collect::<Result<_>>()?,
             mounts: self.mount.iter().map(|text| mount(text)).collect::<Result<_>>()?,
             volumes_from: self.volumes_from.clone(),
             shm_size: self.shm_size.unwrap_or(0),

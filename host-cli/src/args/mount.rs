@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
@@ -68,10 +68,38 @@ pub(super) struct Mount {
     source: String,
     target: String,
     read_only: bool,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    consistency: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bind_options: Option<BindOptions>,
     #[serde(skip_serializing_if = "Option::is_none")]
     volume_options: Option<VolumeOptions>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tmpfs_options: Option<TmpfsOptions>,
+}
+
+#[derive(Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct BindOptions {
+    propagation: String,
+    non_recursive: bool,
+    create_mountpoint: bool,
+    read_only_non_recursive: bool,
+    read_only_force_recursive: bool,
+}
+
+impl BindOptions {
+    /// Reads what `bind-recursive` says.
+    fn recursive(&mut self, word: &str) -> Result<()> {
+        match word {
+            "enabled" => {}
+            "disabled" => self.non_recursive = true,
+            "writable" => self.read_only_non_recursive = true,
+            "readonly" => self.read_only_force_recursive = true,
+            _ => bail!("`bind-recursive={word}` in --mount is none of enabled, disabled, writable, readonly"),
+        }
+        Ok(())
+    }
 }
 
 #[derive(Debug, Default, PartialEq, Serialize)]
@@ -89,6 +117,25 @@ struct TmpfsOptions {
     mode: u32,
 }
 
+/// Reads `SOURCE:PATH[:OPTIONS]`, as far as it depends on where this program runs.
+pub(super) fn volume(text: &str) -> Result<String> {
+    match text.split_once(':') {
+        Some((source, rest)) => Ok(format!("{}:{rest}", from_here(source)?)),
+        None => Ok(text.to_owned()),
+    }
+}
+
+/// A path that begins with `.` is meant from the working directory, which the daemon does not know. Any other one is an absolute path or the
+/// name of a volume.
+fn from_here(source: &str) -> Result<String> {
+    if !source.starts_with('.') {
+        return Ok(source.to_owned());
+    }
+    let path = std::path::absolute(source).with_context(|| format!("cannot tell where `{source}` is"))?;
+    let path = path.into_os_string().into_string();
+    path.map_err(|path| anyhow!("the path {} is not UTF-8, which the API needs", path.display()))
+}
+
 /// Reads `type=volume,source=NAME,target=PATH,…`.
 pub(super) fn mount(text: &str) -> Result<Mount> {
     let mut mount = Mount { kind: "volume".to_owned(), ..Mount::default() };
@@ -101,9 +148,20 @@ pub(super) fn mount(text: &str) -> Result<Mount> {
         };
         match key {
             "type" => value.clone_into(&mut mount.kind),
-            "source" | "src" => value.clone_into(&mut mount.source),
+            "source" | "src" => mount.source = from_here(value)?,
             "target" | "dst" | "destination" => value.clone_into(&mut mount.target),
             "readonly" | "ro" => mount.read_only = is_true()?,
+            "consistency" => value.clone_into(&mut mount.consistency),
+            "bind-propagation" => {
+                value.clone_into(&mut mount.bind_options.get_or_insert_default().propagation)
+            }
+            "bind-recursive" => mount.bind_options.get_or_insert_default().recursive(value)?,
+            "bind-nonrecursive" => {
+                mount.bind_options.get_or_insert_default().non_recursive = is_true()?;
+            }
+            "bind-create-src" => {
+                mount.bind_options.get_or_insert_default().create_mountpoint = is_true()?;
+            }
             "volume-nocopy" => mount.volume_options.get_or_insert_default().no_copy = is_true()?,
             "volume-subpath" => value.clone_into(&mut mount.volume_options.get_or_insert_default().subpath),
             "volume-label" => {
@@ -124,7 +182,33 @@ pub(super) fn mount(text: &str) -> Result<Mount> {
             _ => bail!("`{field}` in --mount is not known"),
         }
     }
+    check(&mount)?;
     Ok(mount)
+}
+
+/// Options go with the kind that they are of.
+fn check(mount: &Mount) -> Result<()> {
+    let kind = &mount.kind;
+    for (own, given) in [
+        ("bind", mount.bind_options.is_some()),
+        ("volume", mount.volume_options.is_some()),
+        ("tmpfs", mount.tmpfs_options.is_some()),
+    ] {
+        if given && own != kind {
+            bail!("cannot mix '{own}-*' options with mount type '{kind}'");
+        }
+    }
+    if let Some(options) = mount.bind_options.as_ref().filter(|options| options.read_only_force_recursive) {
+        if !mount.read_only {
+            bail!("option 'bind-recursive=readonly' requires 'readonly' to be specified in conjunction");
+        }
+        if options.propagation != "rprivate" {
+            bail!(
+                "option 'bind-recursive=readonly' requires 'bind-propagation=rprivate' to be specified in conjunction"
+            );
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -146,8 +230,40 @@ mod tests {
     }
 
     #[test]
+    fn a_path_from_here_becomes_absolute() {
+        let here = std::env::current_dir().unwrap().into_os_string().into_string().unwrap();
+        assert_eq!(volume("./x:/x:ro").unwrap(), format!("{here}/x:/x:ro"));
+        assert_eq!(volume("..:/x").unwrap(), format!("{here}/..:/x"));
+        for as_it_is in ["/a:/b", "name:/b", "a/b:/c", "/alone", "~/x:/x"] {
+            assert_eq!(volume(as_it_is).unwrap(), as_it_is);
+        }
+        let bind = mount(
+            "type=bind,src=./a,dst=/x,bind-propagation=rprivate,readonly,bind-recursive=readonly,consistency=cached",
+        );
+        let json = serde_json::to_value(bind.unwrap()).unwrap();
+        assert_eq!(json["Source"], format!("{here}/a"));
+        assert_eq!(json["BindOptions"]["Propagation"], "rprivate");
+        assert_eq!(json["BindOptions"]["ReadOnlyForceRecursive"], true);
+        assert_eq!(json["Consistency"], "cached");
+        let create = mount("type=bind,src=/a,dst=/x,bind-create-src").unwrap();
+        assert!(create.bind_options.unwrap().create_mountpoint);
+    }
+
+    #[test]
     fn what_a_mount_cannot_say_is_refused() {
-        for bad in ["", "fly=1", "ro=perhaps", "tmpfs-size=big", "tmpfs-mode=9", "tmpfs-mode=77777"] {
+        for bad in [
+            "",
+            "fly=1",
+            "ro=perhaps",
+            "tmpfs-size=big",
+            "tmpfs-mode=9",
+            "tmpfs-mode=77777",
+            "type=bind,src=/a,dst=/b,bind-recursive=perhaps",
+            "type=bind,src=/a,dst=/b,bind-recursive=readonly,bind-propagation=rprivate",
+            "type=bind,src=/a,dst=/b,readonly,bind-recursive=readonly",
+            "type=bind,src=/a,dst=/b,volume-nocopy",
+            "type=volume,src=a,dst=/b,bind-propagation=private",
+        ] {
             assert!(mount(bad).is_err(), "{bad}");
         }
     }

@@ -26,6 +26,9 @@ impl Actor {
         self.container.fanout.close();
         self.container.stdin.end();
         let run = self.run_length();
+        let host = self.host();
+        // Whoever hears of its end finds that it can reach nothing of the host any more.
+        self.revoke_trees(&host).await;
         let change = match outcome {
             Outcome::Exited(status) => {
                 Change::Exited { restarts: self.is_to_restart(i32::from(status.code)), status }
@@ -43,8 +46,7 @@ impl Actor {
         self.core.unpublish_ports(&self.record.id).await;
         self.core.leave_networks(&self.record);
         self.core.tell_of_networks("disconnect", &self.record);
-        let host = self.host();
-        host.release(&self.record.id).await;
+        self.let_go(&host).await;
         // Only now: until the end is on disk, the agent must be able to tell it again.
         if !lost && let Err(error) = host.agent().forget(&self.record.id).await {
             tracing::debug!(error = chain(&error), "cannot make the agent forget a container");
@@ -86,7 +88,8 @@ impl Actor {
         }
         self.begin_trace(Instant::now());
         let Err(failure) = self.start_in_sandbox().await else { return };
-        self.host().release(&self.record.id).await;
+        let host = self.host();
+        self.let_go(&host).await;
         if failure.error.kind() == Kind::Unavailable {
             // The sandbox is not there now, which says nothing of the container.
             tracing::warn!(error = %failure.error, "the container's sandbox does not start; this is tried again");
