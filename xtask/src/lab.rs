@@ -1,8 +1,7 @@
-//! The lab: runs a command on a machine that has a usable KVM. That is this machine, or else one that QEMU emulates, with an AMD
+//! The lab: runs a command on a machine that has a usable KVM. That is this machine, or else one that QEMU emulates, with one AMD
 //! processor that virtualizes and with this machine's files, where changes to them stay in memory. The command's output streams,
 //! its exit code is ours, and nothing is left behind when it ends or is interrupted.
 
-pub(crate) mod hold;
 mod machine;
 mod system;
 
@@ -19,9 +18,6 @@ pub(crate) struct Options {
     /// Memory of the emulated machine, in MiB.
     #[arg(long, default_value_t = 4096, env = "CORACLE_LAB_MEMORY", value_parser = clap::value_parser!(u32).range(512..=262_144))]
     pub(crate) memory: u32,
-    /// Processors of the emulated machine.
-    #[arg(long, default_value_t = 2, env = "CORACLE_LAB_CPUS", value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub(crate) cpus: u32,
     /// Emulate even where this machine's KVM is usable.
     #[arg(long, env = "CORACLE_LAB_EMULATE")]
     pub(crate) emulate: bool,
@@ -34,7 +30,6 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             memory: 4096,
-            cpus: 2,
             emulate: std::env::var_os("CORACLE_LAB_EMULATE").is_some_and(|value| value == "true"),
             out: None,
         }

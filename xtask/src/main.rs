@@ -58,9 +58,6 @@ enum Task {
         #[arg(last = true, required_unless_present = "probe")]
         command: Vec<String>,
     },
-    /// Keeps KVM's code as it is, in the lab.
-    #[command(hide = true)]
-    HoldKvm,
     /// Shows first containers, through the stock docker CLI and through ours, and where the time goes.
     Demo {
         #[command(flatten)]
@@ -115,7 +112,6 @@ fn run(task: Task) -> Result<ExitCode> {
             }
         },
         Task::Lab { options, command, .. } => return lab::run(&options, &command),
-        Task::HoldKvm => lab::hold::run()?,
         Task::Demo { options } => return demo::run(&options),
         Task::DemoInside => demo::inside()?,
         Task::Test => test::run()?,

@@ -87,7 +87,7 @@ fn run_each(binaries: &[Binary]) -> Result<()> {
     for binary in binaries {
         println!("\n     Running {}", binary.name);
         let started = Instant::now();
-        // One test at a time: they share two processors, some of them emulated twice.
+        // One test at a time: in the lab they share one processor, emulated, some of them twice.
         let status = Command::new(&binary.path).arg("--test-threads=1").status();
         let status = status.with_context(|| format!("cannot start {}", binary.path.display()))?;
         println!("     {} took {:.0} s", binary.name, started.elapsed().as_secs_f64());
