@@ -14,7 +14,7 @@ use crate::arch::x86_64::boot;
 use crate::control::{FileRegion, FromClient, FromVmm};
 use crate::devices::transport::Transport;
 use crate::devices::{Activation, ActiveQueue, COMMON_FEATURES, Signals, VirtioDevice};
-use crate::devices::{balloon, block, rng, vsock};
+use crate::devices::{balloon, block, fs, rng, vsock};
 use crate::memory::{self, Memory};
 
 const MEMORY: usize = 0x1_0000;
@@ -112,6 +112,19 @@ pub fn control_message(bytes: &[u8]) {
     }
 }
 
+/// Bytes as what a file server answers to everything that it is asked.
+pub fn file_server(bytes: &[u8]) {
+    thread_local! {
+        static MEMORY_OF_THREAD: Memory =
+            memory::allocate_shared(&[(GuestAddress(0), MEMORY)]).expect("64 KiB of memory");
+    }
+    let memory = MEMORY_OF_THREAD.with(Memory::clone);
+    let kick = || Arc::new(EventFd::new(EFD_NONBLOCK).expect("an event"));
+    let queues = (0..2).map(|index| ActiveQueue { queue: queue(index, true), kick: kick() }).collect();
+    let signals = Arc::new(Signals::new(EventFd::new(EFD_NONBLOCK).expect("an event")));
+    fs::fuzz_link(&Activation { memory, queues, features: COMMON_FEATURES, signals }, bytes);
+}
+
 /// Accesses to a device's registers, told by bytes.
 pub fn registers(bytes: &[u8]) {
     struct Quiet;
@@ -198,6 +211,7 @@ mod tests {
         #[test]
         fn no_bytes_are_a_dangerous_message_register_access_or_kernel(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
             control_message(&bytes);
+            file_server(&bytes);
             registers(&bytes);
             kernel(&[&b"\x7fELF\x02\x01"[..], &bytes].concat());
         }

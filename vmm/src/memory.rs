@@ -1,13 +1,21 @@
-//! Guest memory: anonymous memory, aligned so that the host can give it in huge pages. The module trusts nothing that the guest
-//! writes.
+//! Guest memory, aligned so that the host can give it in huge pages: anonymous, or, where another process serves a device, a file in memory
+//! that can be handed to that process. The module trusts nothing that the guest writes.
+//!
+//! The file can neither grow nor shrink, so that whoever has it mapped is never struck by a page that is gone. What is returned to the
+//! host is punched out of it, for all who have it mapped.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
+use rustix::fs::{MemfdFlags, SealFlags};
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileSlice,
+    Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion, VolatileSlice,
 };
 
 /// The memory of one machine. Clones share it.
@@ -43,30 +51,57 @@ pub(crate) fn check_host(mib: u64) -> Result<(), MemoryError> {
     if mib > host { Err(MemoryError::MoreThanTheHost { mib, host }) } else { Ok(()) }
 }
 
-/// Reserves memory for these ranges; pages come into being when they are touched. The memory stays until the process ends,
-/// as the machine does.
+/// Reserves memory for these ranges, for this process alone; pages come into being when they are touched. The memory stays until the
+/// process ends, as the machine does.
 pub(crate) fn allocate(ranges: &[(GuestAddress, usize)]) -> Result<Memory, MemoryError> {
-    let failed = |source| MemoryError::Allocate {
-        mib: ranges.iter().map(|(_, len)| *len as u64).sum::<u64>() >> 20,
-        source,
-    };
+    build(ranges, None)
+}
+
+/// The same as one file in memory, which each region names with its place in it.
+pub(crate) fn allocate_shared(ranges: &[(GuestAddress, usize)]) -> Result<Memory, MemoryError> {
+    let file = memory_file(ranges.iter().map(|(_, len)| *len as u64).sum());
+    build(ranges, Some(Arc::new(file.map_err(failure(ranges))?)))
+}
+
+fn failure(ranges: &[(GuestAddress, usize)]) -> impl Fn(std::io::Error) -> MemoryError + use<> {
+    let mib = ranges.iter().map(|(_, len)| *len as u64).sum::<u64>() >> 20;
+    move |source| MemoryError::Allocate { mib, source }
+}
+
+fn build(ranges: &[(GuestAddress, usize)], file: Option<Arc<File>>) -> Result<Memory, MemoryError> {
+    let failed = failure(ranges);
     let mut regions = Vec::with_capacity(ranges.len());
+    let mut offset = 0;
     for (start, len) in ranges {
-        let region = reserve(*len).map_err(failed)?;
+        let place = file.as_ref().map(|file| FileOffset::from_arc(Arc::clone(file), offset));
+        let region = reserve(*len, place).map_err(&failed)?;
         regions.push(
             GuestRegionMmap::new(region, *start).ok_or_else(|| failed(ErrorKind::InvalidInput.into()))?,
         );
+        offset += *len as u64;
     }
     Memory::from_regions(regions).map_err(|error| failed(std::io::Error::other(error)))
 }
 
-/// Anonymous memory of `len` bytes, a multiple of the page size, from a multiple of `HUGE` on.
-fn reserve(len: usize) -> std::io::Result<MmapRegion> {
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+/// A file in memory of this length, for ever.
+fn memory_file(len: u64) -> std::io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = match rustix::fs::memfd_create(c"guest-memory", flags | MemfdFlags::NOEXEC_SEAL) {
+        // Before Linux 6.3 it cannot be said that nothing in it is to be executed.
+        Err(rustix::io::Errno::INVAL) => rustix::fs::memfd_create(c"guest-memory", flags)?,
+        result => result?,
+    };
+    rustix::fs::ftruncate(&file, len)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file.into())
+}
+
+/// Memory of `len` bytes, a multiple of the page size, from a multiple of `HUGE` on.
+fn reserve(len: usize, file: Option<FileOffset>) -> std::io::Result<MmapRegion> {
     let roomy = len.checked_add(HUGE).ok_or(ErrorKind::InvalidInput)?;
+    let nothing = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-    let whole = unsafe { libc::mmap(std::ptr::null_mut(), roomy, protection, flags, -1, 0) };
+    let whole = unsafe { libc::mmap(std::ptr::null_mut(), roomy, libc::PROT_NONE, nothing, -1, 0) };
     if whole == libc::MAP_FAILED {
         return Err(std::io::Error::last_os_error());
     }
@@ -77,10 +112,30 @@ fn reserve(len: usize) -> std::io::Result<MmapRegion> {
         // A failure leaves unused address space behind, an empty part is refused by the kernel; neither matters.
         unsafe { libc::munmap(part, size) };
     }
-    // SAFETY: the range is the kept part of the mapping; the advice changes no contents. A host without huge pages refuses it.
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let (flags, fd, offset) = match &file {
+        Some(place) => {
+            let offset = libc::off_t::try_from(place.start()).map_err(|_| ErrorKind::InvalidInput)?;
+            (libc::MAP_SHARED | libc::MAP_NORESERVE, place.file().as_raw_fd(), offset)
+        }
+        None => (nothing, -1, 0),
+    };
+    // SAFETY: the kept part of the mapping that was just made, of which nobody knows, is replaced as a whole.
+    let mapped = unsafe { libc::mmap(start, len, protection, flags | libc::MAP_FIXED, fd, offset) };
+    if mapped == libc::MAP_FAILED {
+        let error = std::io::Error::last_os_error();
+        // SAFETY: as above.
+        unsafe { libc::munmap(start, len) };
+        return Err(error);
+    }
+    // SAFETY: the range is the mapping that was just made; the advice changes no contents. A host without huge pages refuses it.
     unsafe { libc::madvise(start, len, libc::MADV_HUGEPAGE) };
+    let mut builder = MmapRegionBuilder::new(len).with_mmap_prot(protection).with_mmap_flags(flags);
+    if let Some(place) = file {
+        builder = builder.with_file_offset(place);
+    }
     // SAFETY: `len` bytes from `start` on are mapped with this protection and these flags, and are never unmapped.
-    unsafe { MmapRegion::build_raw(start.cast(), len, protection, flags) }.map_err(std::io::Error::other)
+    unsafe { builder.with_raw_mmap_pointer(start.cast()) }.build().map_err(std::io::Error::other)
 }
 
 /// Copies bytes into guest memory.
@@ -116,8 +171,8 @@ pub(crate) fn load_file(
     Ok(())
 }
 
-/// Gives the whole pages within a part of guest memory back to the host; they read as zeroes until they are written again.
-pub(crate) fn release(part: &VolatileSlice<'_>) -> std::io::Result<()> {
+/// Gives the whole pages within a part of this memory back to the host; they read as zeroes until they are written again.
+pub(crate) fn release(memory: &Memory, part: &VolatileSlice<'_>) -> std::io::Result<()> {
     let guard = part.ptr_guard_mut();
     let begin = guard.as_ptr();
     let before = begin.addr().next_multiple_of(PAGE as usize) - begin.addr();
@@ -127,9 +182,12 @@ pub(crate) fn release(part: &VolatileSlice<'_>) -> std::io::Result<()> {
     if len == 0 {
         return Ok(());
     }
+    // Pages of a file stay in it, whoever has it mapped, until they are removed from it.
+    let shared = memory.iter().any(|region| region.file_offset().is_some());
+    let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
     // SAFETY: the range lies within the part, which lies within a mapping of guest memory. That is only accessed as volatile memory,
     // whose contents may change at any time.
-    let result = unsafe { libc::madvise(begin.wrapping_add(before).cast(), len, libc::MADV_DONTNEED) };
+    let result = unsafe { libc::madvise(begin.wrapping_add(before).cast(), len, advice) };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
@@ -171,5 +229,26 @@ mod tests {
         for (address, len) in [(0xf000, 0x2000), (u64::MAX, 2), (0x20000, 1)] {
             assert!(matches!(load_file(&memory, address, &file, 0, len), Err(MemoryError::Outside { .. })));
         }
+    }
+
+    #[test]
+    fn shared_memory_is_one_file_that_keeps_its_length_and_gives_back_what_is_released() {
+        let ranges = [(GuestAddress(0), 4 << 20), (GuestAddress(1 << 32), 2 << 20)];
+        let memory = allocate_shared(&ranges).unwrap();
+        memory.write_slice(&vec![7; 4 << 20], GuestAddress(0)).unwrap();
+        memory.write_slice(b"second", GuestAddress(1 << 32)).unwrap();
+        let place = memory.iter().nth(1).unwrap().file_offset().unwrap();
+        let (file, offset) = (place.file(), place.start());
+        let mut found = [0; 6];
+        file.read_exact_at(&mut found, offset).unwrap();
+        assert_eq!((&found, offset), (b"second", 4 << 20));
+        assert!(file.set_len(1 << 20).is_err() && file.set_len(1 << 30).is_err());
+        let blocks = || rustix::fs::fstat(file).unwrap().st_blocks;
+        let before = blocks();
+        let part = memory.get_slice(GuestAddress(PAGE), 2 << 20).unwrap();
+        release(&memory, &part).unwrap();
+        assert!(blocks() <= before - (2 << 20) / 512, "{before} {}", blocks());
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(PAGE)).unwrap(), 0);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(PAGE - 1)).unwrap(), 7);
     }
 }

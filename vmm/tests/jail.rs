@@ -144,6 +144,9 @@ const ATTEMPTS: &[Attempt] = &[
         call(libc::SYS_readlinkat, [i64::from(libc::AT_FDCWD), text(c"/proc/self/exe"), 0, 0])
     }),
     ("make memory that is a file", || call(libc::SYS_memfd_create, [text(c"x"), 0, 0, 0])),
+    ("make memory that is a file to execute", || {
+        call(libc::SYS_memfd_create, [text(c"x"), i64::from(libc::MFD_EXEC | libc::MFD_ALLOW_SEALING), 0, 0])
+    }),
     ("make a TCP socket", || socket(libc::AF_INET, libc::SOCK_STREAM)),
     ("make a UDP socket", || socket(libc::AF_INET6, libc::SOCK_DGRAM)),
     ("make a unix socket", || socket(libc::AF_UNIX, libc::SOCK_STREAM)),

@@ -41,7 +41,7 @@ impl Request {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Grant {
-    /// Its name; must not be granted already.
+    /// Its name. It may be granted already if all is the same, and the file; then nothing changes.
     pub id: GrantId,
     /// What the descriptor must be.
     pub kind: GrantKind,

@@ -218,8 +218,9 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         Ok(())
     }
 
-    fn set_vring_err(&mut self, index: u8, _: Option<File>) -> Result<()> {
-        self.ring(index).map(|_| ())
+    fn set_vring_err(&mut self, index: u8, complaints: Option<File>) -> Result<()> {
+        self.ring(index)?.set_complaints(complaints.map(OwnedFd::from));
+        Ok(())
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {

@@ -30,6 +30,8 @@ pub(super) struct Shared {
 struct State {
     queue: Queue,
     call: Option<OwnedFd>,
+    /// Tells the front end that the ring is broken.
+    complaints: Option<OwnedFd>,
     /// A ring that makes no sense is left alone until it is set up again.
     broken: bool,
     /// How many requests other threads have in hand.
@@ -47,6 +49,7 @@ impl State {
         Self {
             queue: new_queue(),
             call: None,
+            complaints: None,
             broken: false,
             handed_over: 0,
             stalled: false,
@@ -59,6 +62,16 @@ impl State {
         if let Some(wake) = &self.wake {
             // An event takes a number, or is full, and the thread wakes.
             let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Leaves the ring alone from now on.
+    fn give_up(&mut self) {
+        warn_limited!("a ring is broken: it is left alone until it is set up again");
+        self.broken = true;
+        if let Some(complaints) = &self.complaints {
+            // As above.
+            let _ = rustix::io::write(complaints, &1u64.to_ne_bytes());
         }
     }
 }
@@ -94,6 +107,10 @@ impl Ring {
 
     pub(super) fn set_call(&mut self, call: Option<OwnedFd>) {
         self.shared.lock().call = call;
+    }
+
+    pub(super) fn set_complaints(&mut self, complaints: Option<OwnedFd>) {
+        self.shared.lock().complaints = complaints;
     }
 
     /// Serves the ring upon kicks.
@@ -139,7 +156,7 @@ impl Ring {
         self.stop_thread();
         let mut state = self.shared.wait_idle();
         state.queue.set_ready(false);
-        state.call = None;
+        (state.call, state.complaints) = (None, None);
     }
 
     pub(super) fn reset(&mut self) {
@@ -244,8 +261,7 @@ impl Shared {
         };
         // An index that says there is something where nothing can be taken.
         if more.is_none() {
-            warn_limited!("a ring is broken: it is left alone until it is set up again");
-            state.broken = true;
+            state.give_up();
         }
         more
     }
@@ -268,7 +284,7 @@ impl Shared {
         let head = chain.head_index();
         let written = self.requests.answer(&memory, chain);
         let mut state = self.lock();
-        let State { queue, call, broken, .. } = &mut *state;
+        let State { queue, call, .. } = &mut *state;
         let notify =
             queue.add_used(&*memory, head, written).and_then(|()| queue.needs_notification(&*memory));
         match notify {
@@ -279,10 +295,7 @@ impl Shared {
                 }
             }
             Ok(false) => {}
-            Err(error) => {
-                warn_limited!(%error, "a ring is broken");
-                *broken = true;
-            }
+            Err(_) => state.give_up(),
         }
     }
 }

@@ -54,7 +54,7 @@ pub const VALID: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum GrantError {
     /// The name is taken.
-    #[error("{0} is granted already")]
+    #[error("{0} is granted already, and is another tree or granted in another way")]
     Exists(GrantId),
     /// There is no such grant.
     #[error("{0} is not granted")]
@@ -117,7 +117,7 @@ impl Exported {
         }
     }
 
-    /// Opens a tree.
+    /// Opens a tree. To do it again changes nothing.
     ///
     /// # Errors
     /// If the name is taken, `tree` is not what `grant` says, grants that are in force have other owners, or there are no descriptors left.

@@ -187,8 +187,9 @@ impl Tables {
     pub(super) fn add_grant(&self, grant: Grant, tree: OwnedFd, status: &Statx) -> Result<(), GrantError> {
         let mut inner = lock(&self.inner);
         let id = grant.id.clone();
-        if inner.grants.contains_key(&id) {
-            return Err(GrantError::Exists(id));
+        if let Some(other) = inner.grants.get(&id) {
+            let same = other.grant == grant && other.root == Key::from(status);
+            return if same { Ok(()) } else { Err(GrantError::Exists(id)) };
         }
         let differs = |other: &&Arc<Granted>| other.grant.owners != grant.owners;
         if let Some(other) = inner.grants.values().find(differs) {

@@ -167,7 +167,11 @@ fn bad_grants(m: &Mounted) {
     };
     use std::os::fd::AsFd;
     let tree = open(&m.outside, OFlags::PATH);
-    refused(m.client.grant(grant("g", GrantKind::Directory), tree.as_fd()), "granted already");
+    m.client.grant(grant("g", GrantKind::Directory), tree.as_fd()).unwrap();
+    let otherwise = Grant { read_only: true, ..grant("g", GrantKind::Directory) };
+    refused(m.client.grant(otherwise, tree.as_fd()), "granted already");
+    let other = open(m.folder.path(), OFlags::PATH);
+    refused(m.client.grant(grant("g", GrantKind::Directory), other.as_fd()), "granted already");
     refused(m.client.grant(grant("x", GrantKind::File), tree.as_fd()), "not a regular file");
     let readable = open(&m.outside, OFlags::RDONLY);
     refused(

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use coracle_agent_api::Hello;
 use coracle_engine::sandbox::Running;
 use coracle_vmm::{
-    control::{Boot, BootTimes, Client, DataDisk, MachineState},
+    control::{Boot, BootFds, BootTimes, Client, DataDisk, MachineState},
     probe::{self, ProbeError},
 };
 
@@ -102,8 +102,14 @@ async fn bring_up(
     machine.listen_for_agent().await?;
     let build = move |client: &Client| {
         let Prepared { guest, data_disk, serial, boot } = prepared;
-        let serial = serial.as_ref().map(AsFd::as_fd);
-        client.boot(boot, guest.kernel.file.as_fd(), guest.initramfs.file.as_fd(), data_disk.as_fd(), serial)
+        let fds = BootFds {
+            kernel: guest.kernel.file.as_fd(),
+            initramfs: guest.initramfs.file.as_fd(),
+            data_disk: data_disk.as_fd(),
+            serial: serial.as_ref().map(AsFd::as_fd),
+            file_server: None,
+        };
+        client.boot(boot, fds)
     };
     machine.call(build).await.context("cannot build the machine")?;
     phases.now("booted");
@@ -276,6 +282,7 @@ impl Prepared {
             layers_capacity: layers::CAPACITY,
             cmdline_extra: String::new(),
             serial: serial.is_some(),
+            file_server: false,
         };
         Ok(Self { guest, data_disk, serial, boot })
     }

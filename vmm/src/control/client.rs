@@ -38,6 +38,21 @@ pub enum Notice {
     Disconnected,
 }
 
+/// What comes with a [`Boot`] request; see there.
+#[derive(Debug, Clone, Copy)]
+pub struct BootFds<'a> {
+    /// The file that the kernel is in.
+    pub kernel: BorrowedFd<'a>,
+    /// The file that the initramfs is in.
+    pub initramfs: BorrowedFd<'a>,
+    /// The data disk, writable.
+    pub data_disk: BorrowedFd<'a>,
+    /// The serial log, exactly if [`Boot::serial`] is set.
+    pub serial: Option<BorrowedFd<'a>>,
+    /// The socket to the file server, exactly if [`Boot::file_server`] is set.
+    pub file_server: Option<BorrowedFd<'a>>,
+}
+
 /// A connection to a VMM. Dropping it closes the connection; the machine runs on.
 #[derive(Debug)]
 pub struct Client(Caller<Answer>);
@@ -73,18 +88,12 @@ impl Client {
         Caller::new(socket, PEER, REPLY_TIMEOUT, "vmm-client", hear).map(Self)
     }
 
-    /// Builds the machine and starts it. `serial` must be given exactly when `boot.serial` is set.
-    pub fn boot(
-        &self,
-        boot: Boot,
-        kernel: BorrowedFd<'_>,
-        initramfs: BorrowedFd<'_>,
-        data_disk: BorrowedFd<'_>,
-        serial: Option<BorrowedFd<'_>>,
-    ) -> Result<(), ClientError> {
-        let mut fds = vec![kernel, initramfs, data_disk];
-        fds.extend(serial);
-        self.done(Request::Boot(boot), &fds)
+    /// Builds the machine and starts it.
+    pub fn boot(&self, boot: Boot, fds: BootFds<'_>) -> Result<(), ClientError> {
+        let mut all = vec![fds.kernel, fds.initramfs, fds.data_disk];
+        all.extend(fds.serial);
+        all.extend(fds.file_server);
+        self.done(Request::Boot(boot), &all)
     }
 
     /// Adds a segment to the layers disk.

@@ -11,11 +11,15 @@ pub type Reply = control::Reply<Answer>;
 /// How a request went.
 pub type Outcome = control::Outcome<Answer>;
 
+/// What the guest mounts to have the file server's file system.
+pub const FILE_SYSTEM_TAG: &str = "coracle";
+
 /// A request. The descriptors that belong to it travel with the same message, in the order given here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// Build the machine and start it. Descriptors: kernel, initramfs, data disk, and the serial log if `serial`.
+    /// Build the machine and start it. Descriptors: kernel, initramfs, data disk, the serial log if `serial`, and the file server's
+    /// socket if `file_server`.
     Boot(Boot),
     /// Add a read-only segment to the layers disk. Descriptor: the segment's file.
     AttachSegment(AttachSegment),
@@ -39,7 +43,7 @@ impl Request {
     /// How many descriptors must come with this request.
     pub fn expected_fds(&self) -> usize {
         match self {
-            Self::Boot(boot) => 3 + usize::from(boot.serial),
+            Self::Boot(boot) => 3 + usize::from(boot.serial) + usize::from(boot.file_server),
             Self::AttachSegment(_) | Self::VsockConnect(_) => 1,
             _ => 0,
         }
@@ -83,9 +87,14 @@ pub struct Boot {
     /// Words added to the end of the kernel command line.
     #[serde(default)]
     pub cmdline_extra: String,
-    /// Give the guest a serial port whose output goes to the fourth descriptor.
+    /// Give the guest a serial port whose output goes to a descriptor.
     #[serde(default)]
     pub serial: bool,
+    /// Give the guest the file system of a file server (virtio-fs with the tag [`FILE_SYSTEM_TAG`]). The descriptor is a connected
+    /// `SOCK_STREAM` unix socket whose other end is the server's: a vhost-user back end, which gets the guest's memory. It need not listen
+    /// yet. When it is gone, the file system is; the machine goes on.
+    #[serde(default)]
+    pub file_server: bool,
 }
 
 /// A new segment of the layers disk.

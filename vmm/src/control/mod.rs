@@ -9,12 +9,12 @@
 mod client;
 mod message;
 
-pub use client::{Client, ClientError, Notice};
+pub use client::{BootFds, Client, ClientError, Notice};
 pub use coracle_worker::socket::{
     MAX_FDS, MAX_MESSAGE, Received, SocketError, accept, connect, listen, receive, send,
 };
 pub use message::{
     Answer, AttachSegment, Boot, BootTimes, DataDisk, DetachSegment, Event, ExitCounts, ExitReason,
-    FileRegion, FromClient, FromVmm, MachineState, Outcome, Reply, Request, Status, VsockConnect,
-    VsockCounts, VsockListen,
+    FILE_SYSTEM_TAG, FileRegion, FromClient, FromVmm, MachineState, Outcome, Reply, Request, Status,
+    VsockConnect, VsockCounts, VsockListen,
 };

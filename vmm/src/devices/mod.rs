@@ -5,6 +5,7 @@
 pub(crate) mod balloon;
 pub(crate) mod block;
 pub(crate) mod buffers;
+pub(crate) mod fs;
 pub(crate) mod nowait;
 pub(crate) mod rng;
 pub(crate) mod serial;
@@ -53,12 +54,22 @@ pub(crate) struct Signals {
     /// The device status register, written by the transport.
     pub(crate) status: AtomicU32,
     interrupts: AtomicU32,
+    /// What is always pending.
+    standing: AtomicU32,
     line: EventFd,
 }
 
 impl Signals {
     pub(crate) fn new(line: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), interrupts: AtomicU32::new(0), line }
+        let [status, interrupts, standing] = [0; 3].map(AtomicU32::new);
+        Self { status, interrupts, standing, line }
+    }
+
+    /// The event of the interrupt line, for another process that has the used rings in hand. It raises the line without a word, so that
+    /// the driver is told to look at the rings whenever it asks why.
+    pub(crate) fn lend_line(&self) -> &EventFd {
+        self.standing.store(INTERRUPT_QUEUE, Ordering::SeqCst);
+        &self.line
     }
 
     /// Tells the driver to look at its used rings.
@@ -79,7 +90,7 @@ impl Signals {
     }
 
     fn pending(&self) -> u32 {
-        self.interrupts.load(Ordering::SeqCst)
+        self.interrupts.load(Ordering::SeqCst) | self.standing.load(Ordering::SeqCst)
     }
 
     fn acknowledge(&self, bits: u32) {
@@ -88,6 +99,7 @@ impl Signals {
 
     fn reset(&self) {
         self.interrupts.store(0, Ordering::SeqCst);
+        self.standing.store(0, Ordering::SeqCst);
         self.status.store(0, Ordering::SeqCst);
     }
 }

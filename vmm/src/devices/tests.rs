@@ -97,7 +97,7 @@ fn fill(memory: &Memory, queues: usize, garbage: &Garbage) {
 
 /// One life of a device: activation, a kick for every queue, reset.
 fn live(device: &mut dyn VirtioDevice, garbage: &Garbage) {
-    let memory = memory::allocate(&[(GuestAddress(0), MEMORY)]).unwrap();
+    let memory = memory::allocate_shared(&[(GuestAddress(0), MEMORY)]).unwrap();
     let count = device.queue_sizes().len();
     fill(&memory, count, garbage);
     let queues: Vec<_> = (0..count)
@@ -140,18 +140,22 @@ proptest! {
         let segments = Segments::new(1 << 20).unwrap();
         segments.attach(0, 1 << 16, data_file()).unwrap();
         let (mut layers, _, layers_thread) = Block::new(LayersDisk::new(segments)).unwrap();
+        let (mut files, stop_files, files_thread) = fs::tests::with_real_server();
         for garbage in &lives {
             let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
             handle.connect(5, None, ours.as_fd().try_clone_to_owned().unwrap());
-            let devices: [&mut dyn VirtioDevice; 5] =
-                [&mut vsock, &mut rng, &mut data, &mut layers, &mut balloon];
+            let devices: [&mut dyn VirtioDevice; 6] =
+                [&mut vsock, &mut rng, &mut data, &mut layers, &mut balloon, &mut files];
             for device in devices {
                 live(device, garbage);
             }
         }
-        for thread in [&vsock_thread, &rng_thread, &data_thread, &layers_thread, &balloon_thread] {
+        let threads = [vsock_thread, rng_thread, data_thread, layers_thread, balloon_thread, files_thread];
+        for thread in &threads {
             prop_assert!(!thread.is_finished());
         }
+        // With it ends its server.
+        stop_files();
     }
 }
 

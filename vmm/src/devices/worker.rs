@@ -62,10 +62,15 @@ impl<T> Commands<T> {
 
     /// Resets the device and waits until guest memory is no longer touched.
     pub(crate) fn reset(&self) {
+        // An error means that the thread has ended, which is as good.
+        let _ = self.start_reset().recv();
+    }
+
+    /// Resets the device; something comes, or the channel closes, when guest memory is no longer touched.
+    pub(crate) fn start_reset(&self) -> Receiver<()> {
         let (sender, receiver) = sync_channel(1);
         self.send(Command::Reset(sender));
-        // An error means that the thread has ended, which is as good.
-        let _ = receiver.recv();
+        receiver
     }
 }
 

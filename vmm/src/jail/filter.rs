@@ -19,6 +19,8 @@ pub(crate) enum Role {
     Streams,
     /// A block device.
     Disk,
+    /// The conversation with the file server.
+    Files,
     /// A device that only answers requests: rng, balloon.
     Simple,
 }
@@ -36,24 +38,27 @@ impl Role {
                 calls.extend(processor());
                 calls.extend(streams());
                 calls.extend(disk());
+                calls.extend(files());
                 calls.extend(simple());
             }
             Self::Server => calls.extend(server()),
             Self::Processor => calls.extend(processor()),
             Self::Streams => calls.extend(streams()),
             Self::Disk => calls.extend(disk()),
+            Self::Files => calls.extend(files()),
             Self::Simple => calls.extend(simple()),
         }
         calls
     }
 }
 
-/// The control socket, and files that are looked at when they arrive.
+/// The control socket, files that are looked at when they arrive, and the end of the conversation with the file server.
 fn server() -> Vec<Call> {
     always(&[
         libc::SYS_accept4,
         libc::SYS_recvmsg,
         libc::SYS_sendmsg,
+        libc::SYS_shutdown,
         libc::SYS_fstat,
         libc::SYS_newfstatat,
         libc::SYS_statx,
@@ -62,7 +67,7 @@ fn server() -> Vec<Call> {
     .collect()
 }
 
-/// Building a machine: threads (and no processes), events, the kernel's file, KVM.
+/// Building a machine: threads (and no processes), events, the kernel's file, memory that is shared, the file server's socket, KVM.
 fn builder() -> Vec<Call> {
     const THREAD: u64 = (libc::CLONE_THREAD | libc::CLONE_VM) as u64;
     // In the order of KVM's numbers: create machine, check extension, size of a processor's state, supported CPUID, create
@@ -78,14 +83,30 @@ fn builder() -> Vec<Call> {
         Call(libc::SYS_clone, vec![vec![(0, THREAD, THREAD)]]),
         // Answered with ENOSYS by a filter of its own: its flags cannot be looked at, and libc then uses `clone`.
         Call(libc::SYS_clone3, Vec::new()),
+        // Memory of a fixed size: what is in it is not executable, and nothing here executes.
+        Call(
+            libc::SYS_memfd_create,
+            [SEALABLE, SEALABLE | libc::MFD_NOEXEC_SEAL]
+                .map(|flags| vec![(1, ALL, u64::from(flags))])
+                .to_vec(),
+        ),
+        Call(libc::SYS_fcntl, vec![vec![(1, ALL, libc::F_ADD_SEALS as u64)]]),
+        Call(libc::SYS_getsockopt, vec![vec![(1, ALL, libc::SOL_SOCKET as u64)]]),
     ];
-    calls.extend(always(&[libc::SYS_eventfd2, libc::SYS_pread64, libc::SYS_sysinfo]));
+    calls.extend(always(&[libc::SYS_eventfd2, libc::SYS_pread64, libc::SYS_sysinfo, libc::SYS_ftruncate]));
     calls
 }
 
-/// Run, read registers (for a report of what went wrong), tell the guest's clock of a pause.
+const SEALABLE: libc::c_uint = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+
+/// Run, read registers (for a report of what went wrong), tell the guest's clock of a pause; give up a file server that hangs.
 fn processor() -> Vec<Call> {
-    vec![Call(libc::SYS_ioctl, [0x80, 0x81, 0xad].map(|number| vec![(1, 0xffff, KVM | number)]).to_vec())]
+    let mut calls = vec![Call(
+        libc::SYS_ioctl,
+        [0x80, 0x81, 0xad].map(|number| vec![(1, 0xffff, KVM | number)]).to_vec(),
+    )];
+    calls.extend(always(&[libc::SYS_shutdown]));
+    calls
 }
 
 /// Streams of others, and new ones between this process and others: never a socket with an address.
@@ -130,6 +151,11 @@ fn disk() -> Vec<Call> {
         libc::SYS_io_uring_enter,
     ])
     .collect()
+}
+
+/// A socket that is there already.
+fn files() -> Vec<Call> {
+    always(&[libc::SYS_sendmsg, libc::SYS_recvmsg, libc::SYS_shutdown]).collect()
 }
 
 fn simple() -> Vec<Call> {

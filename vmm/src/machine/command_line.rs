@@ -40,6 +40,7 @@ mod tests {
             layers_capacity: 4096,
             cmdline_extra: "debug -- x".into(),
             serial: false,
+            file_server: false,
         };
         let line = build(2, &boot);
         let expected = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 debug -- x";

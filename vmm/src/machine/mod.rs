@@ -19,6 +19,7 @@ use crate::control::{Boot, ExitCounts, ExitReason};
 use crate::devices::VirtioDevice;
 use crate::devices::balloon::Balloon;
 use crate::devices::block::{Block, DataDisk, DiskError, LayersDisk, Segments};
+use crate::devices::fs::{Fs, FsError};
 use crate::devices::rng::Rng;
 use crate::devices::serial::{SerialPort, Tail};
 use crate::devices::transport::{EventError, QUEUE_NOTIFY, Transport};
@@ -45,6 +46,8 @@ pub(crate) enum MachineError {
     Hypervisor(#[from] HypervisorError),
     #[error(transparent)]
     Disk(#[from] DiskError),
+    #[error(transparent)]
+    FileServer(#[from] FsError),
     #[error(transparent)]
     Spawn(#[from] SpawnError),
     #[error(transparent)]
@@ -103,8 +106,8 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Builds the machine and starts it. `fds` are the kernel, the initramfs, the data disk, and the serial log if asked
-    /// for.
+    /// Builds the machine and starts it. `fds` are the kernel, the initramfs, the data disk, and the serial log and the file server's
+    /// socket if asked for.
     pub(crate) fn boot(
         hypervisor: &dyn Hypervisor,
         request: &Boot,
@@ -118,10 +121,15 @@ impl Machine {
         let mut next_fd = || fds.next().ok_or(MachineError::MissingFd);
         let (kernel, initramfs, data_disk) = (File::from(next_fd()?), File::from(next_fd()?), next_fd()?);
         let serial = if request.serial { Some(next_fd()?) } else { None };
+        let file_server = if request.file_server { Some(next_fd()?) } else { None };
 
         let ranges = layout::memory_ranges(request.memory_mib)?;
         memory::check_host(request.memory_mib)?;
-        let memory = memory::allocate(&ranges)?;
+        // A file server works in the guest's memory itself. Other machines keep theirs to themselves, in huge pages on more hosts.
+        let memory = match file_server {
+            Some(_) => memory::allocate_shared(&ranges)?,
+            None => memory::allocate(&ranges)?,
+        };
         let data_disk = DataDisk::new(data_disk, request.data_disk.len)?;
         let segments = Segments::new(request.layers_capacity)?;
         let entry = boot::prepare(
@@ -129,7 +137,7 @@ impl Machine {
             &boot::BootImage {
                 kernel: (&kernel, request.kernel),
                 initramfs: (&initramfs, request.initramfs),
-                command_line: &command_line::build(DEVICES, request),
+                command_line: &command_line::build(DEVICES + u32::from(request.file_server), request),
                 vcpus: request.vcpus as u8,
             },
         )?;
@@ -139,6 +147,9 @@ impl Machine {
         let tail = Tail::default();
         let mut devices = Devices { threads: Vec::new(), list: Vec::new() };
         let vsock = devices.add_all(data_disk, &segments, reports)?;
+        if let Some(socket) = file_server {
+            devices.add_file_system(socket, request.vcpus)?;
+        }
         let bus =
             connect(machine.as_ref(), &memory, std::mem::take(&mut devices.list), serial, tail.clone())?;
         let processors = machine.create_processors(Start { vcpus: request.vcpus, entry })?;
@@ -186,7 +197,7 @@ impl Machine {
     }
 }
 
-/// Number of virtio devices, for the command line.
+/// Number of the virtio devices that every machine has, for the command line.
 const DEVICES: u32 = 5;
 
 /// The devices of a machine under construction; what was started is stopped again if the construction fails.
@@ -217,6 +228,14 @@ impl Devices {
         let (balloon, commands, thread) = Balloon::new()?;
         self.add(Box::new(balloon), commands, thread);
         Ok(handle)
+    }
+
+    /// After the others, so that those stand where they stand in any machine.
+    fn add_file_system(&mut self, socket: OwnedFd, vcpus: u32) -> Result<(), FsError> {
+        let (fs, stop, thread) = Fs::new(socket, vcpus)?;
+        self.threads.push(DeviceThread { stop: Box::new(stop), thread });
+        self.list.push(Box::new(fs));
+        Ok(())
     }
 
     fn add(&mut self, device: Box<dyn VirtioDevice>, commands: Commands<()>, thread: JoinHandle<()>) {

@@ -27,6 +27,8 @@ const CASES: &[Case] = &[
     ("segments_come_and_go", segments),
     ("random_numbers_come_from_the_host", random),
     ("memory_that_the_guest_frees_goes_back_to_the_host", balloon),
+    ("files_of_the_host_are_read_and_written", files),
+    ("a_file_server_that_dies_takes_its_files_along_and_nothing_else", files_lost),
     ("a_paused_machine_stands_still", pause),
     ("a_new_client_takes_over", takeover),
     ("the_guest_can_end_itself", guest_ends),
@@ -215,16 +217,24 @@ fn random(kernel: &Path) {
 }
 
 fn balloon(kernel: &Path) {
-    const MIB: u64 = 512;
-    let vm = Vm::boot(kernel, &Options { memory_mib: MIB, ..Options::default() });
+    // Memory that is shared with a file server is the host's in another way.
+    for files in [false, true] {
+        returns(&Vm::boot(kernel, &Options { memory_mib: FULL, files, ..Options::default() }));
+    }
+}
+
+/// MiB of a machine that fills most of them.
+const FULL: u64 = 512;
+
+fn returns(vm: &Vm) {
     let before = vm.resident();
     // Three quarters of its memory, written and freed again.
-    assert_eq!(vm.ask(&format!("touch {}", MIB * 3 / 4)), "touched");
+    assert_eq!(vm.ask(&format!("touch {}", FULL * 3 / 4)), "touched");
     let most = vm.resident();
-    assert!(most >= before + (MIB << 20) / 2, "{before} {most}");
+    assert!(most >= before + (FULL << 20) / 2, "{before} {most}");
     let begin = Instant::now();
     let mut left = most;
-    while left > before + (MIB << 20) / 10 {
+    while left > before + (FULL << 20) / 10 {
         assert!(begin.elapsed() < PATIENCE, "of {most} bytes {left} are still there; before it was {before}");
         // The guest's clock decides when it reports: this waits for it by asking it.
         vm.ask("nap");
@@ -232,6 +242,50 @@ fn balloon(kernel: &Path) {
     }
     let mib = [before, most, left].map(|bytes| bytes >> 20);
     println!("     MiB before, full, returned: {mib:?}, after {:.1} s", begin.elapsed().as_secs_f64());
+}
+
+fn files(kernel: &Path) {
+    let mut vm = Vm::boot(kernel, &Options { vcpus: 2, files: true, ..Options::default() });
+    let tree = vm.files.as_ref().unwrap().tree.clone();
+    assert_eq!(vm.ask("mount-files"), "0");
+    let data = pattern(3 << 20);
+    std::fs::write(tree.join("from-host"), &data).unwrap();
+    assert!(vm.exchange("get /mnt/tree/from-host", &[]) == [b"ok\n", &data[..]].concat());
+    assert_eq!(vm.exchange("put /mnt/tree/from-guest", &data), b"ok\n");
+    assert!(std::fs::read(tree.join("from-guest")).unwrap() == data);
+    // Both processors at once, on queues of their own.
+    let streams: Vec<_> = (0..8).map(|_| vm.command("get /mnt/tree/from-host")).collect();
+    for mut stream in streams {
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        assert!(answer[3..] == data);
+    }
+    // What is granted later is there, and what is taken back is not.
+    let files = vm.files.as_ref().unwrap();
+    let later = tempfile::tempdir().unwrap();
+    std::fs::write(later.path().join("file"), "later").unwrap();
+    files.grant("later", later.path());
+    assert_eq!(vm.ask("get /mnt/later/file"), "ok\nlater");
+    let id = || coracle_file_server::control::GrantId::try_from("later".to_owned()).unwrap();
+    files.client.revoke(id()).unwrap();
+    let stale = vm.ask("get /mnt/later/file");
+    assert!([libc::ESTALE, libc::ENOENT].map(|errno| errno.to_string()).contains(&stale), "{stale}");
+    // The server ends with the machine.
+    vm.command("reboot");
+    assert_eq!(vm.end(), (ExitReason::GuestReset, true));
+    assert!(vm.files.as_mut().unwrap().child.wait().unwrap().success());
+}
+
+fn files_lost(kernel: &Path) {
+    let mut vm = Vm::boot(kernel, &Options { files: true, ..Options::default() });
+    assert_eq!(vm.ask("mount-files"), "0");
+    let files = vm.files.as_mut().unwrap();
+    std::fs::write(files.tree.join("file"), "content").unwrap();
+    files.child.kill().unwrap();
+    files.child.wait().unwrap();
+    assert_eq!(vm.ask("cpus"), "1");
+    vm.client.stop().unwrap();
+    assert_eq!(vm.end(), (ExitReason::Stopped, true));
 }
 
 fn pause(kernel: &Path) {

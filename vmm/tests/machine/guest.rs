@@ -116,6 +116,23 @@ pub(crate) fn serve(stream: File) -> std::io::Result<()> {
             file.sync_all()?;
             writeln!(out, "ok")?;
         }
+        "mount-files" => {
+            let error = mount_at("coracle", "virtiofs", "/mnt").err();
+            writeln!(out, "{}", error.and_then(|error| error.raw_os_error()).unwrap_or(0))?;
+        }
+        "get" => match std::fs::read(words[1]) {
+            Ok(data) => {
+                writeln!(out, "ok")?;
+                out.write_all(&data)?;
+            }
+            Err(error) => writeln!(out, "{}", error.raw_os_error().unwrap_or(-1))?,
+        },
+        "put" => {
+            let mut data = Vec::new();
+            reader.read_to_end(&mut data)?;
+            std::fs::write(words[1], &data)?;
+            writeln!(out, "ok")?;
+        }
         "disk" => writeln!(out, "{}", disk(&words[1..])?)?,
         "discard" => writeln!(out, "{}", discard(words[1], number(2), number(3)))?,
         "random" => {
@@ -232,9 +249,15 @@ fn discard(path: &str, position: u64, len: u64) -> i32 {
 }
 
 fn mount(kind: &str, path: &str) {
-    let (kind, path) = (std::ffi::CString::new(kind).unwrap(), std::ffi::CString::new(path).unwrap());
+    // What is missing shows in what fails for it.
+    let _ = mount_at(kind, kind, path);
+}
+
+fn mount_at(source: &str, kind: &str, path: &str) -> std::io::Result<()> {
+    let [source, kind, path] = [source, kind, path].map(|text| std::ffi::CString::new(text).unwrap());
     // SAFETY: the strings end with zero and outlive the call.
-    unsafe { libc::mount(kind.as_ptr(), path.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+    let result = unsafe { libc::mount(source.as_ptr(), path.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 fn socket() -> File {

@@ -11,11 +11,13 @@ use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use coracle_vmm::control::{self, Boot, Client, DataDisk, ExitReason, FileRegion, Notice};
+use coracle_file_server::control::{Client as FilesClient, Grant, GrantId, GrantKind, Owners};
+use coracle_vmm::control::{self, Boot, BootFds, Client, DataDisk, ExitReason, FileRegion, Notice};
 
 use crate::guest::PORT;
 
 pub(crate) const VMM_ROLE: &str = "--vmm";
+pub(crate) const FILE_SERVER_ROLE: &str = "--file-server";
 /// Everything is slow where the host itself is emulated.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) const LAYERS: u64 = 16 << 40;
@@ -40,6 +42,70 @@ pub(crate) fn be_the_vmm() -> ExitCode {
     }
 }
 
+pub(crate) fn be_the_file_server() -> ExitCode {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+    let control = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    match coracle_file_server::run(control) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("file server: {error:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Starts this program in a role, with a control socket at this path.
+fn start_as(role: &str, control: &Path) -> Child {
+    let listener = control::listen(control).unwrap();
+    Command::new(std::env::current_exe().unwrap())
+        .arg(role)
+        .env("RUST_BACKTRACE", "1")
+        .stdin(Stdio::from(listener))
+        .spawn()
+        .unwrap()
+}
+
+/// A file server's process, which has granted a folder of its own under the name `tree`.
+pub(crate) struct Files {
+    pub(crate) child: Child,
+    pub(crate) client: FilesClient,
+    pub(crate) tree: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl Files {
+    /// With the VMM's end of the socket between the two.
+    fn start() -> (Self, OwnedFd) {
+        let folder = tempfile::tempdir().unwrap();
+        let control = folder.path().join("control.sock");
+        let child = start_as(FILE_SERVER_ROLE, &control);
+        let client = FilesClient::connect(&control, || ()).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        client.serve(theirs.as_fd()).unwrap();
+        let tree = folder.path().join("tree");
+        std::fs::create_dir(&tree).unwrap();
+        let files = Self { child, client, tree, _folder: folder };
+        files.grant("tree", &files.tree);
+        (files, ours.into())
+    }
+
+    pub(crate) fn grant(&self, name: &str, folder: &Path) {
+        let (id, owners) = (GrantId::try_from(name.to_owned()).unwrap(), Owners::Kept { uid: 0, gid: 0 });
+        let grant = Grant { id, kind: GrantKind::Directory, read_only: false, owners };
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        let tree = rustix::fs::open(folder, flags, rustix::fs::Mode::empty()).unwrap();
+        self.client.grant(grant, tree.as_fd()).unwrap();
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// A VMM process with a machine.
 pub(crate) struct Vm {
     pub(crate) client: Client,
@@ -49,6 +115,10 @@ pub(crate) struct Vm {
     pub(crate) disk: File,
     /// The guest's first connection; dropping it closes it.
     pub(crate) ready: Option<UnixStream>,
+    /// If the machine has a file server.
+    pub(crate) files: Option<Files>,
+    /// The VMM's end of the socket between the two, until it has it.
+    file_server: Option<OwnedFd>,
     folder: tempfile::TempDir,
 }
 
@@ -57,11 +127,12 @@ pub(crate) struct Options {
     pub(crate) memory_mib: u64,
     pub(crate) serial: bool,
     pub(crate) keep: bool,
+    pub(crate) files: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { vcpus: 1, memory_mib: 512, serial: true, keep: false }
+        Self { vcpus: 1, memory_mib: 512, serial: true, keep: false, files: false }
     }
 }
 
@@ -72,13 +143,7 @@ impl Vm {
     pub(crate) fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let control = folder.path().join("control.sock");
-        let listener = control::listen(&control).unwrap();
-        let child = Command::new(std::env::current_exe().unwrap())
-            .arg(VMM_ROLE)
-            .env("RUST_BACKTRACE", "1")
-            .stdin(Stdio::from(listener))
-            .spawn()
-            .unwrap();
+        let child = start_as(VMM_ROLE, &control);
         let (sender, notices) = channel();
         let client = Client::connect(&control, move |notice| {
             let _ = sender.send(notice);
@@ -86,14 +151,19 @@ impl Vm {
         .unwrap();
         let disk = tempfile::tempfile_in(folder.path()).unwrap();
         disk.set_len(DISK).unwrap();
-        Self { client, notices, child, control, disk, ready: None, folder }
+        Self { client, notices, child, control, disk, ready: None, files: None, file_server: None, folder }
     }
 
     /// Boots and waits until the guest is ready.
     pub(crate) fn boot(kernel: &Path, options: &Options) -> Self {
         let mut vm = Self::start();
         vm.client.vsock_listen(PORT, options.keep).unwrap();
+        if options.files {
+            let (files, socket) = Files::start();
+            (vm.files, vm.file_server) = (Some(files), Some(socket));
+        }
         vm.try_boot(kernel, options).unwrap();
+        vm.file_server = None;
         let (port, stream) = vm.accepted();
         assert_eq!(port, PORT);
         let mut stream = UnixStream::from(stream);
@@ -114,6 +184,7 @@ impl Vm {
             layers_capacity: LAYERS,
             cmdline_extra: String::new(),
             serial: options.serial,
+            file_server: options.files,
         }
     }
 
@@ -124,8 +195,14 @@ impl Vm {
     pub(crate) fn boot_with(&self, request: Boot, kernel: &Path) -> Result<(), control::ClientError> {
         let kernel = File::open(kernel).unwrap();
         let serial = File::create(self.folder.path().join("serial.log")).unwrap();
-        let serial = request.serial.then(|| serial.as_fd());
-        self.client.boot(request, kernel.as_fd(), initramfs().as_fd(), self.disk.as_fd(), serial)
+        let fds = BootFds {
+            kernel: kernel.as_fd(),
+            initramfs: initramfs().as_fd(),
+            data_disk: self.disk.as_fd(),
+            serial: request.serial.then(|| serial.as_fd()),
+            file_server: self.file_server.as_ref().map(AsFd::as_fd).filter(|_| request.file_server),
+        };
+        self.client.boot(request, fds)
     }
 
     pub(crate) fn serial(&self) -> String {

@@ -8,7 +8,7 @@ use std::path::Path;
 pub(crate) fn build() -> Vec<u8> {
     let program = fs::read(std::env::current_exe().unwrap()).unwrap();
     let mut archive = Archive::default();
-    for folder in ["/dev", "/proc", "/tmp"] {
+    for folder in ["/dev", "/mnt", "/proc", "/tmp"] {
         archive.folder(Path::new(folder));
     }
     // Without a console, Rust's runtime wants this one before anything else.

@@ -1,4 +1,4 @@
-//! Boots real machines and tries everything on them. One program plays all parts: the test on the host, the VMM that it
+//! Boots real machines and tries everything on them. One program plays all parts: the test on the host, the VMM and the file server that it
 //! starts, and the guest's first process, which obeys commands over vsock. It needs a usable KVM and a guest kernel
 //! (`vmlinux` in `CORACLE_GUEST_DIR` or `target/guest`); where one is missing, it says so and fails.
 
@@ -16,6 +16,9 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.first().is_some_and(|argument| argument == host::VMM_ROLE) {
         return host::be_the_vmm();
+    }
+    if arguments.first().is_some_and(|argument| argument == host::FILE_SERVER_ROLE) {
+        return host::be_the_file_server();
     }
     if arguments.iter().any(|argument| argument == "--list") {
         return ExitCode::SUCCESS;

@@ -89,7 +89,7 @@ impl RequestHandler for Returns {
             // The ranges are the chain's buffers themselves.
             REPORTING => {
                 let (_, free) = buffers::collect(memory, chain)?;
-                free.parts().iter().for_each(release);
+                free.parts().iter().for_each(|part| release(memory, part));
             }
             INFLATE | DEFLATE => {
                 let (numbers, _) = buffers::collect(memory, chain)?;
@@ -115,13 +115,13 @@ fn inflate(memory: &Memory, numbers: &[u8]) -> Result<(), Broken> {
         let page = memory
             .get_slice(GuestAddress(u64::from(number) * PAGE), PAGE as usize)
             .map_err(|_| Broken::Address)?;
-        release(&page);
+        release(memory, &page);
     }
     Ok(())
 }
 
-fn release(part: &vm_memory::VolatileSlice<'_>) {
-    if let Err(error) = memory::release(part) {
+fn release(memory: &Memory, part: &vm_memory::VolatileSlice<'_>) {
+    if let Err(error) = memory::release(memory, part) {
         warn_limited!(%error, "memory that the guest does not use cannot be returned");
     }
 }
@@ -136,7 +136,10 @@ mod tests {
     const AT: u64 = 4 << 20;
 
     fn memory() -> Memory {
-        let memory = memory::allocate(&[(GuestAddress(0), 16 << 20)]).unwrap();
+        filled(memory::allocate(&[(GuestAddress(0), 16 << 20)]).unwrap())
+    }
+
+    fn filled(memory: Memory) -> Memory {
         memory.write_slice(&vec![7; 4 << 20], GuestAddress(AT)).unwrap();
         memory
     }
@@ -154,9 +157,11 @@ mod tests {
         [memory.read_obj(GuestAddress(at)).unwrap(), memory.read_obj(GuestAddress(at + PAGE - 1)).unwrap()]
     }
 
-    #[test]
-    fn what_the_guest_reports_goes_back_and_what_lies_around_it_stays() {
-        let memory = memory();
+    #[rstest::rstest]
+    fn what_the_guest_reports_goes_back_and_what_lies_around_it_stays(#[values(false, true)] shared: bool) {
+        let ranges = [(GuestAddress(0), 16 << 20)];
+        let memory = if shared { memory::allocate_shared(&ranges) } else { memory::allocate(&ranges) };
+        let memory = filled(memory.unwrap());
         assert_eq!(handle(REPORTING, &memory, (AT + PAGE, 2 << 20, WRITABLE)), Ok(0));
         assert_eq!(bytes(&memory, AT), [7, 7]);
         assert_eq!(bytes(&memory, AT + PAGE), [0, 0]);
