@@ -19,7 +19,7 @@ use crate::control::{
     Answer, Boot, BootTimes, Event, ExitReason, FromClient, FromVmm, MachineState, Outcome, Received, Reply,
     Request, SocketError, Status, VsockListen, accept, receive,
 };
-use crate::devices::vsock::Accepted;
+use crate::devices::vsock::{Accepted, FIRST_EPHEMERAL};
 use crate::hypervisor::{Hypervisor, HypervisorError};
 use crate::jail::{Role, narrow};
 use crate::machine::{Machine, Report, Reports};
@@ -254,6 +254,9 @@ impl Server {
             }
             Request::VsockConnect(connect) => {
                 let stream = fds.pop().ok_or("no descriptor")?;
+                if let Some(from) = connect.from.filter(|from| *from >= FIRST_EPHEMERAL) {
+                    return Err(format!("the host's port {from} is not below {FIRST_EPHEMERAL}"));
+                }
                 self.machine()?.vsock.connect(connect.port, connect.from, stream);
             }
         }

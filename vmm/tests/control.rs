@@ -102,6 +102,18 @@ fn what_is_no_request_is_refused_by_what_is_wrong_with_it() {
         (detach, 1, 8, "needs 0 descriptors and came with 1"),
         (detach, 0, 8, "has not been booted"),
         (connect, 1, 7, "has not been booted"),
+        (
+            br#"{"id":7,"request":{"vsock_connect":{"port":5,"from":1073741823}}}"#,
+            1,
+            7,
+            "has not been booted",
+        ),
+        (
+            br#"{"id":7,"request":{"vsock_connect":{"port":5,"from":1073741824}}}"#,
+            1,
+            7,
+            "is not below 1073741824",
+        ),
         (br#"{"id":9,"request":"pause"}"#, 0, 9, "has not been booted"),
         (br#"{"id":9,"request":"resume"}"#, 0, 9, "has not been booted"),
     ];

@@ -18,6 +18,8 @@ use super::{Activation, VirtioDevice};
 use crate::control::VsockCounts;
 use crate::jail::Role;
 
+pub(crate) use self::core::FIRST_EPHEMERAL;
+
 const DEVICE_TYPE: u32 = 19;
 const NAME: &str = "vsock";
 /// The guest's context id; the host's is 2.

@@ -28,8 +28,8 @@ const BUFFER: u32 = 256 * 1024;
 pub(crate) const MAX_CONNECTIONS: usize = 4096;
 /// The most resets that wait for room in the guest's queue; more are forgotten.
 const MAX_RESETS: usize = 1024;
-/// Host ports for connections that the host makes.
-const FIRST_EPHEMERAL: u32 = 1 << 30;
+/// Host ports for connections that the host makes, unless it says which.
+pub(crate) const FIRST_EPHEMERAL: u32 = 1 << 30;
 
 /// Names a connection for as long as its stream exists, which may be longer than its ports are in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
