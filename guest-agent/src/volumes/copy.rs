@@ -25,6 +25,13 @@ pub(super) fn tree(source: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
     copy.directory(source, &target, Path::new(""), 0)
 }
 
+/// Gives one directory the attributes of another.
+pub(super) fn attributes(source: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
+    let source = rustix::fs::openat(source, ".", DIRECTORY, Mode::empty())?;
+    let target = rustix::fs::openat(target, ".", DIRECTORY, Mode::empty())?;
+    give_attributes(&rustix::fs::fstat(&source)?, &source, &target)
+}
+
 struct Copy<'a> {
     top: BorrowedFd<'a>,
     /// Files with several names, by device and inode, and the first of their names in the target.
@@ -46,7 +53,7 @@ impl Copy<'_> {
             let below = path.join(OsStr::from_bytes(name.to_bytes()));
             self.entry(source.as_fd(), target, name, below, depth)?;
         }
-        attributes(&stat, &source, target)
+        give_attributes(&stat, &source, target)
     }
 
     fn entry(
@@ -127,12 +134,12 @@ fn file(source: BorrowedFd<'_>, target: &OwnedFd, name: &CStr) -> io::Result<()>
         at = end;
     }
     to.set_len(size)?;
-    attributes(&stat, from.as_fd(), to.as_fd())
+    give_attributes(&stat, from.as_fd(), to.as_fd())
 }
 
 /// Owner, mode, extended attributes and times; in this order, since a change of the owner takes privileges away and everything changes
 /// the times.
-fn attributes(stat: &Stat, source: impl AsFd, target: impl AsFd) -> io::Result<()> {
+fn give_attributes(stat: &Stat, source: impl AsFd, target: impl AsFd) -> io::Result<()> {
     let (uid, gid) = ids(stat);
     rustix::fs::fchown(&target, Some(uid), Some(gid))?;
     rustix::fs::fchmod(&target, Mode::from_raw_mode(stat.st_mode & 0o7777))?;

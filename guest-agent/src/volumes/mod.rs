@@ -1,6 +1,8 @@
-//! Volumes: directories on the data disk that outlive containers. Each has its files in `data`, and beside it, while it is filled from
-//! an image, the mark `filling`, so that a volume that was half filled when the machine ended is emptied before it is used. What is in a
-//! volume was written by containers and is not trusted. Everything here blocks and is called off the event loop.
+//! Volumes: directories on the data disk that outlive containers. Each has its files in `data`, which is what containers see. What comes
+//! from an image is copied to `new` beside it, where no container can meddle with it; once it is whole it is called `full`, and its
+//! entries are moved from there. So a volume that other containers use is filled without taking anything from them, and one that was
+//! being filled when the machine ended is filled to the end before it is used again. What is in a volume was written by containers
+//! and is not trusted. Everything here blocks and is called off the event loop.
 
 mod copy;
 
@@ -12,7 +14,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use coracle_agent_api::{VolumeId, VolumeMount, VolumeUsage};
-use rustix::fs::{FileType, FlockOperation, fstat};
+use rustix::fs::{FileType, FlockOperation, RenameFlags, fstat, renameat_with};
+use rustix::io::Errno;
 
 use crate::child::{RootDir, open_directory};
 use crate::error::{AtStep, Result};
@@ -37,7 +40,7 @@ impl Volumes {
             let volume = Volume { directory: self.directory.join(mount.volume.as_str()) };
             let step = || format!("prepare the volume at {}", mount.path);
             let _alone = volume.make().and_then(|()| volume.lock()).at(step())?;
-            volume.finish_filling().at(step())?;
+            volume.move_in().at(step())?;
             if mount.copy_up {
                 let root = RootDir::new(root.try_clone().at(step())?);
                 let step = format!("fill the volume at {} with what the image has there", mount.path);
@@ -85,8 +88,14 @@ impl Volume {
         self.directory.join("data")
     }
 
-    fn mark(&self) -> PathBuf {
-        self.directory.join("filling")
+    /// What is being copied.
+    fn half(&self) -> PathBuf {
+        self.directory.join("new")
+    }
+
+    /// What is copied, and moved to where it belongs.
+    fn full(&self) -> PathBuf {
+        self.directory.join("full")
     }
 
     fn make(&self) -> io::Result<()> {
@@ -100,14 +109,23 @@ impl Volume {
         Ok(file)
     }
 
-    /// Empties a volume that was not filled to the end. No container has seen it: each waits for the lock first.
-    fn finish_filling(&self) -> io::Result<()> {
-        if !self.mark().try_exists()? {
-            return Ok(());
+    /// Moves in what was copied from an image, if anything was. What a container has put there meanwhile stays.
+    fn move_in(&self) -> io::Result<()> {
+        remove(&self.half())?;
+        let full = match open_directory(self.full()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            full => full?,
+        };
+        let data = open_directory(self.data())?;
+        copy::attributes(&full, &data)?;
+        let entries: io::Result<Vec<_>> = fs::read_dir(self.full())?.collect();
+        for name in entries?.iter().map(fs::DirEntry::file_name) {
+            match renameat_with(&full, &name, &data, &name, RenameFlags::NOREPLACE) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
-        fs::remove_dir_all(self.data())?;
-        self.make()?;
-        fs::remove_file(self.mark())
+        remove(&self.full())
     }
 
     fn fill(&self, root: &RootDir, path: &str) -> io::Result<()> {
@@ -122,20 +140,26 @@ impl Volume {
         if FileType::from_raw_mode(fstat(&source)?.st_mode) != FileType::Directory {
             return Ok(());
         }
-        File::create(self.mark())?.sync_all()?;
-        let target = open_directory(self.data())?;
-        let copied = copy::tree(&source, &target).and_then(|()| {
-            // Else the mark could be gone from the disk before the files are there.
-            Ok(rustix::fs::syncfs(File::open(self.data())?)?)
+        fs::create_dir(self.half())?;
+        let copied = open_directory(self.half()).and_then(|target| {
+            copy::tree(&source, &target)?;
+            // Else it could be called full on the disk before the files are there.
+            rustix::fs::syncfs(File::open(self.half())?)?;
+            fs::rename(self.half(), self.full())
         });
-        match copied {
-            Ok(()) => fs::remove_file(self.mark()),
-            Err(error) => {
-                // If this fails too (a full disk, say), the mark stays and the next start does it.
-                let _ = self.finish_filling();
-                Err(error)
-            }
+        if copied.is_err() {
+            // If this fails too, the next start does it.
+            let _ = remove(&self.half());
         }
+        copied.and_then(|()| self.move_in())
+    }
+}
+
+/// Removes a tree, if it is there.
+fn remove(tree: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(tree) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
 }
 
@@ -213,7 +237,8 @@ mod tests {
         assert_eq!(fs::read_link(data.join("symlink")).unwrap(), Path::new("../../etc/passwd"));
         assert_eq!(fs::metadata(data.join("sub/secret")).unwrap().mode() & 0o7777, 0o4711);
         assert_eq!(fs::metadata(&data).unwrap().mode() & 0o7777, 0o1777);
-        assert!(!data.with_file_name("filling").exists());
+        let beside: Vec<_> = fs::read_dir(data.parent().unwrap()).unwrap().flatten().collect();
+        assert_eq!(beside.len(), 2, "{beside:?}");
     }
 
     #[test]
@@ -227,13 +252,43 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_that_was_half_filled_is_filled_anew() {
+    fn a_volume_that_was_being_filled_is_filled_to_the_end() {
         let place = place();
         let data = prepared(&place, false);
-        fs::write(data.join("file"), "cont").unwrap();
-        File::create(data.with_file_name("filling")).unwrap();
-        prepared(&place, true);
-        assert_eq!(fs::read(data.join("file")).unwrap(), b"content");
+        // Half copied: that is done again. Copied, and half moved: that is gone on with.
+        fs::create_dir(data.with_file_name("new")).unwrap();
+        fs::write(data.with_file_name("new").join("half"), "").unwrap();
+        let full = data.with_file_name("full");
+        fs::create_dir_all(full.join("late")).unwrap();
+        fs::write(full.join("file"), "content").unwrap();
+        fs::set_permissions(&full, fs::Permissions::from_mode(0o1777)).unwrap();
+        fs::write(data.join("early"), "").unwrap();
+        prepared(&place, false);
+        let mut names: Vec<_> =
+            fs::read_dir(&data).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["early", "file", "late"]);
+        assert_eq!(fs::metadata(&data).unwrap().mode() & 0o7777, 0o1777);
+        assert_eq!(fs::read_dir(data.parent().unwrap()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn what_another_container_puts_into_a_volume_while_it_is_filled_stays() {
+        let place = place();
+        let data = prepared(&place, false);
+        let used = File::open(&data).unwrap();
+        // As if it had come between the look at the empty volume and the moving in.
+        let volume = Volume { directory: data.parent().unwrap().to_owned() };
+        let image = RootDir::new(place.root.try_clone().unwrap());
+        fs::create_dir(volume.full()).unwrap();
+        copy::tree(&image.find("/var/lib").unwrap(), &open_directory(volume.full()).unwrap()).unwrap();
+        symlink("/etc", data.join("sub")).unwrap();
+        fs::write(data.join("file"), "mine").unwrap();
+        volume.move_in().unwrap();
+        assert_eq!(fs::read(data.join("file")).unwrap(), b"mine");
+        assert_eq!(fs::read_link(data.join("sub")).unwrap(), Path::new("/etc"));
+        assert_eq!(fs::read(data.join("link")).unwrap(), b"content");
+        assert_eq!(used.metadata().unwrap().ino(), fs::metadata(&data).unwrap().ino());
     }
 
     #[test]
