@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{NetworkId, ProcessId};
 
+/// Packets that IPv6 goes over have room for so many bytes at least (RFC 8200, 5).
+pub const MIN_IPV6_MTU: u16 = 1280;
+
 /// Where a container's interfaces come from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -45,7 +48,8 @@ pub struct Bridge {
     /// Containers on it do not see each other.
     #[serde(default)]
     pub isolated: bool,
-    /// Bytes in a packet, 68 to 65535; the kernel's default if there is none.
+    /// Bytes in a packet, 68 to 65535, or [`MIN_IPV6_MTU`] at least where there are IPv6 addresses; the kernel's default if there is
+    /// none.
     #[serde(default)]
     pub mtu: Option<u16>,
 }

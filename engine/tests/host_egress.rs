@@ -331,3 +331,21 @@ fn the_host_can_have_another_name() {
         daemon.ok(&["run", "--rm", "--add-host", "ashore:host-gateway", "busybox", "cat", "/etc/hosts"]);
     assert!(added.contains("192.168.65.254\tashore"), "{added}");
 }
+
+#[test]
+fn containers_with_the_hosts_network_ask_for_names_each_as_itself() {
+    let (_machine, daemon) = support::with_busybox();
+    let up = |name: &str, options: &[&str]| {
+        let common = ["run", "-d", "--network", "host", "--name", name];
+        daemon.ok(&[&common[..], options, &["busybox", "sleep", "1000"]].concat());
+    };
+    up("gone", &[]);
+    up("silent", &["--label", "coracle.egress=none"]);
+    up("free", &[]);
+    daemon.ok(&["rm", "-f", "gone"]);
+    let finds_the_host = |name: &str| {
+        let lookup = ["exec", name, "busybox", "nslookup", "host.docker.internal", "127.0.0.11"];
+        support::text(&daemon.docker(&lookup).stdout).contains(&HOST_V4.to_string())
+    };
+    assert!(finds_the_host("free") && !finds_the_host("silent") && finds_the_host("free"));
+}

@@ -194,6 +194,11 @@ fn what_cannot_be_is_refused_in_dockers_words() {
         (&["--network-alias", "x"], "network-scoped aliases are only supported for user-defined networks"),
         (&["--network", "none", "--mac-address", "02:42:00:00:00:01"], "conflicting options: mac-address"),
         (&["--network", "container:nobody"], "No such container: nobody"),
+        (&["--network", "host", "--sysctl", "net.core.somaxconn=9"], "not allowed in host network namespace"),
+        (
+            &["--network", "container:nobody", "--sysctl", "net.core.somaxconn=9"],
+            "is not in a separate kernel namespace",
+        ),
     ] {
         let refusal = daemon.fails(125, &[&["run", "--rm"], options, &["busybox", "true"]].concat());
         assert!(refusal.contains(words), "{options:?}: {refusal}");

@@ -8,15 +8,15 @@ mod start;
 use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use coracle_agent_api::{
     AgentState, DiffId, ErrorKind, ExitStatus, ProcessId, ProcessState, Processes, Resources, Retain, Stats,
     VolumeId, VolumeUsage,
 };
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 
 use crate::cgroup::{Cgroups, Room};
 use crate::containers::{Container, Containers, Holdings};
@@ -24,11 +24,12 @@ use crate::egress::Egress;
 use crate::error::{AtStep, Result, conflict, from_io, not_found};
 use crate::fork_server::ForkServer;
 use crate::host_trees::HostTrees;
+use crate::incoming::Descriptors;
 use crate::layers::Layers;
 use crate::network::Networks;
 use crate::network::forward::Forwards;
 use crate::network::listeners::Listeners;
-use crate::network::names::{Server, Upstream};
+use crate::network::names::Upstream;
 use crate::processes::{self, Process, Registry};
 use crate::reaper::Reaper;
 use crate::seccomp;
@@ -73,8 +74,6 @@ pub(crate) struct Agent {
     listeners: Arc<Listeners>,
     /// Who is asked for names that are no container's.
     upstream: Arc<dyn Upstream>,
-    /// The name server of containers that have the guest's own network.
-    guest_names: OnceLock<Server>,
     cgroups: Arc<Cgroups>,
     seccomp: Arc<seccomp::Compiler>,
     reaper: Reaper,
@@ -82,7 +81,6 @@ pub(crate) struct Agent {
     shm: PathBuf,
     die_with_agent: bool,
     shutdown: watch::Sender<bool>,
-    descriptors_freed: Notify,
     /// Set before everything is killed; what starts afterwards kills itself.
     stopping: AtomicBool,
 }
@@ -103,8 +101,9 @@ impl Agent {
         reaper.is_awaited(fork_server.pid());
         let cgroups = Arc::new(Cgroups::new(&paths.cgroup, &paths.cgroup_name, paths.room)?);
         let networks = Arc::new(Networks::new()?);
-        let forwards = Forwards::new(networks.directory().clone());
+        let forwards = Forwards::new(networks.directory().clone(), egress.runtime().clone());
         egress.take_arrivals(forwards.clone());
+        let listeners = Listeners::start(cgroups.open()?.as_fd(), egress.runtime());
         Ok(Arc::new(Self {
             fork_server,
             upstream: egress.clone(),
@@ -118,8 +117,7 @@ impl Agent {
             host_trees: HostTrees::new(paths.host_trees.clone()),
             networks,
             forwards,
-            listeners: Listeners::start(cgroups.open()?.as_fd()),
-            guest_names: OnceLock::new(),
+            listeners,
             cgroups,
             seccomp: Arc::default(),
             reaper,
@@ -127,7 +125,6 @@ impl Agent {
             shm: paths.shm.clone(),
             die_with_agent,
             shutdown: watch::Sender::new(false),
-            descriptors_freed: Notify::new(),
             stopping: AtomicBool::new(false),
         }))
     }
@@ -158,7 +155,7 @@ impl Agent {
     /// Forgets an ended process.
     pub(crate) fn forget(&self, id: &ProcessId) -> Result<()> {
         self.processes.forget(id)?;
-        self.descriptors_freed.notify_one();
+        self.descriptors().were_freed();
         Ok(())
     }
 
@@ -274,9 +271,9 @@ impl Agent {
         self.shutdown.send_replace(true);
     }
 
-    /// Told when a connection or a process gave its descriptors back.
-    pub(crate) fn descriptors_freed(&self) -> &Notify {
-        &self.descriptors_freed
+    /// For those who accept connections.
+    pub(crate) fn descriptors(&self) -> &Arc<Descriptors> {
+        self.egress.descriptors()
     }
 
     /// Waits until someone asked for the end.

@@ -83,7 +83,8 @@ fn mount_system() -> io::Result<()> {
     // For containers that share the guest's own.
     std::fs::create_dir_all("/dev/shm")?;
     mount("shm", "/dev/shm", "tmpfs", plain, c"mode=1777")?;
-    mount("cgroup2", CGROUP, "cgroup2", plain, None)?;
+    // No container changes the limits of its own group, which is the root of what it sees.
+    mount("cgroup2", CGROUP, "cgroup2", plain, c"nsdelegate")?;
     sys::loopback_up()
 }
 

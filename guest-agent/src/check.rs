@@ -1,9 +1,11 @@
 //! Checks requests before anything is done for them: what is out of range is refused by name.
 
 use coracle_agent_api::{
-    ContainerSpec, Endpoint, IpcMode, Network, ProcessId, ProcessSpec, Resources, TreeSource, WayOut,
+    ContainerSpec, Endpoint, IpcMode, MIN_IPV6_MTU, Network, ProcessId, ProcessSpec, Resources, TreeSource,
+    WayOut,
 };
 
+use crate::cgroup;
 use crate::child;
 use crate::error::{Result, invalid};
 use crate::layers;
@@ -72,6 +74,10 @@ pub(crate) fn endpoint(endpoint: &Endpoint) -> Result<()> {
     if endpoint.bridge.mtu.is_some_and(|mtu| mtu < 68) {
         return Err(invalid("a packet has 68 bytes at least"));
     }
+    let ipv6 = endpoint.bridge.addresses.iter().chain(&endpoint.addresses).any(|net| net.addr().is_ipv6());
+    if ipv6 && endpoint.bridge.mtu.is_some_and(|mtu| mtu < MIN_IPV6_MTU) {
+        return Err(invalid(format!("with IPv6 a packet has room for {MIN_IPV6_MTU} bytes at least")));
+    }
     Ok(())
 }
 
@@ -107,10 +113,11 @@ fn sysctl(name: &str, spec: &ContainerSpec) -> Result<()> {
     let path =
         child::sysctl_path(name).ok_or_else(|| invalid(format!("`{name}` is no name of a parameter")))?;
     let path = path.trim_start_matches("/proc/sys/");
+    let own_network = matches!(spec.network, Network::Endpoints(_));
     let own_ipc = matches!(spec.ipc, IpcMode::Private | IpcMode::Shareable | IpcMode::None);
     let of_ipc = IPC.contains(&path) || path.starts_with("fs/mqueue/");
     let of_uts = path == "kernel/domainname";
-    if path.starts_with("net/") || of_ipc && own_ipc || of_uts && !spec.host_uts {
+    if path.starts_with("net/") && own_network || of_ipc && own_ipc || of_uts && !spec.host_uts {
         Ok(())
     } else {
         Err(invalid(format!("sysctl \"{name}\" is not in a separate kernel namespace")))
@@ -128,6 +135,9 @@ fn cgroup_parent(parent: &str) -> Result<()> {
             && name.parse::<ProcessId>().is_err()
     };
     let names: Vec<&str> = parent.split('/').filter(|name| !name.is_empty()).collect();
+    if names.first() == Some(&cgroup::HELPERS) {
+        return Err(invalid(format!("the cgroup `{parent}` is the agent's own: name another one")));
+    }
     if names.len() <= MAX_GROUPS && names.iter().all(|name| legal(name)) {
         Ok(())
     } else {

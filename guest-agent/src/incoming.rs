@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::Duration;
 
 use coracle_agent_api::egress::STREAM_PORT;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -11,6 +12,35 @@ use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
+
+/// How long a connection that there is no descriptor for waits for the end of another one, before it is tried again: not only
+/// connections give descriptors back.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The agent's file descriptors, as those wait for them who accept connections.
+#[derive(Debug, Default)]
+pub(crate) struct Descriptors(Notify);
+
+impl Descriptors {
+    /// A connection or a process has ended: its descriptors can be had.
+    pub(crate) fn were_freed(&self) {
+        self.0.notify_one();
+    }
+
+    /// A connection that is over before it was accepted is its other end's loss; one that there is no descriptor for waits until there
+    /// may be one. Anything else is the end of the listener.
+    pub(crate) async fn survive(&self, error: io::Error) -> io::Result<()> {
+        match error.raw_os_error() {
+            Some(libc::ECONNABORTED | libc::ECONNRESET | libc::EINTR | libc::EPROTO) => Ok(()),
+            Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
+                tracing::warn!("a connection waits: {error}");
+                let _ = tokio::time::timeout(PATIENCE, self.0.notified()).await;
+                Ok(())
+            }
+            _ => Err(error),
+        }
+    }
+}
 
 /// Where they come in.
 #[derive(Debug)]
@@ -33,9 +63,12 @@ impl Incoming {
         Ok(Self::Unix(listener))
     }
 
-    /// Takes streams for [`STREAM_PORT`], each with the port that it comes from, for ever. One for which there is no descriptor
-    /// waits until `freed` tells of one.
-    pub(crate) async fn serve(self, take: impl Fn(u32, OwnedFd), freed: &Notify) -> io::Result<()> {
+    /// Takes streams for [`STREAM_PORT`], each with the port that it comes from, for ever.
+    pub(crate) async fn serve(
+        self,
+        take: impl Fn(u32, OwnedFd),
+        descriptors: &Descriptors,
+    ) -> io::Result<()> {
         match self {
             Self::Vsock => {
                 let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT))?;
@@ -43,7 +76,7 @@ impl Incoming {
                     let (stream, peer) = match listener.accept().await {
                         Ok(accepted) => accepted,
                         Err(error) => {
-                            survive(error, freed).await?;
+                            descriptors.survive(error).await?;
                             continue;
                         }
                     };
@@ -59,7 +92,7 @@ impl Incoming {
                     let (connection, _) = match listener.accept().await {
                         Ok(accepted) => accepted,
                         Err(error) => {
-                            survive(error, freed).await?;
+                            descriptors.survive(error).await?;
                             continue;
                         }
                     };
@@ -72,20 +105,6 @@ impl Incoming {
             }
             Self::Nowhere => std::future::pending().await,
         }
-    }
-}
-
-/// A connection that is over before it was accepted is its other end's loss; one that there is no descriptor for waits until there
-/// is one. Anything else is the end of the listener.
-pub(crate) async fn survive(error: io::Error, freed: &Notify) -> io::Result<()> {
-    match error.raw_os_error() {
-        Some(libc::ECONNABORTED | libc::ECONNRESET | libc::EINTR | libc::EPROTO) => Ok(()),
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-            tracing::warn!("a connection waits: {error}");
-            freed.notified().await;
-            Ok(())
-        }
-        _ => Err(error),
     }
 }
 
@@ -108,4 +127,24 @@ async fn receive(connection: &UnixStream) -> io::Result<Option<(u32, u32, OwnedF
             Ok(stream.filter(|_| len == bytes.len()).map(|stream| (ports.0, ports.1, stream)))
         })
         .await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_waits_for_descriptors_only_and_not_for_ever() {
+        let (descriptors, begun) = (Descriptors::default(), Instant::now());
+        let error = io::Error::from_raw_os_error;
+        descriptors.survive(error(libc::ECONNABORTED)).await.unwrap();
+        descriptors.were_freed();
+        descriptors.survive(error(libc::EMFILE)).await.unwrap();
+        assert!(begun.elapsed() < PATIENCE);
+        descriptors.survive(error(libc::EMFILE)).await.unwrap();
+        assert!(begun.elapsed() >= PATIENCE);
+        assert!(descriptors.survive(error(libc::EINVAL)).await.is_err());
+    }
 }

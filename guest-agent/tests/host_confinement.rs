@@ -161,6 +161,29 @@ async fn containers_see_the_processes_of_the_one_they_join_and_end_with_it() {
 }
 
 #[tokio::test]
+async fn a_containers_own_groups_are_no_more_than_can_be_removed() {
+    let agent = TestAgent::start().await;
+    let id = started(&agent, |spec| spec.cgroup_parent = "team".to_owned()).await;
+    let group = agent.cgroup().join("team").join(id.as_str());
+    let deep = std::iter::repeat_n("g", 33).collect::<Vec<_>>().join("/");
+    assert!(std::fs::create_dir_all(group.join(&deep)).is_err());
+    std::fs::create_dir_all(group.join(deep.strip_suffix("/g").unwrap())).unwrap();
+    agent.signal(&id, 9).await.unwrap();
+    agent.output(&id).await;
+    agent.delete(&format!("/v1/processes/{id}")).await.unwrap();
+    // It waits until nothing is left of the container.
+    agent.delete(&format!("/v1/networks/{id}")).await.unwrap();
+    assert!(!agent.cgroup().join("team").exists());
+    // Two come and go at a time, with the same parent.
+    let run = async || {
+        for _ in 0..10 {
+            output_of(&agent, "true", |spec| spec.cgroup_parent = "team".to_owned()).await;
+        }
+    };
+    tokio::join!(run(), run(), run());
+}
+
+#[tokio::test]
 async fn names_groups_and_parameters_can_be_the_machines_or_the_containers_own() {
     let agent = TestAgent::start().await;
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
@@ -182,12 +205,29 @@ async fn names_groups_and_parameters_can_be_the_machines_or_the_containers_own()
     };
     let script = "cd /proc/sys; cat net/ipv4/ip_forward kernel/shmmax fs/mqueue/msg_max";
     assert_eq!(output_of(&agent, script, sysctls).await, "1\n123456\n20\n");
+    // What cannot be started leaves no group behind.
+    let mut spec = container(&[Image::busybox()], process(&["true"]));
+    spec.cgroup_parent = "/team/web".to_owned();
+    spec.network = Network::Container(new_id());
+    assert_eq!(agent.start_container(&new_id(), &spec).await.unwrap_err().kind, ErrorKind::NotFound);
+    let left = std::fs::read_dir(agent.cgroup()).unwrap().flatten().filter(|entry| entry.path().is_dir());
+    let left: Vec<_> = left.map(|entry| entry.file_name()).collect();
+    assert_eq!(left, ["helpers"]);
+    for shared in [Network::Host, Network::Container(started(&agent, |_| {}).await)] {
+        let mut spec = container(&[Image::busybox()], process(&["true"]));
+        spec.network = shared;
+        spec.sysctls.insert("net.ipv4.ip_forward".to_owned(), "1".to_owned());
+        let error = agent.start_container(&new_id(), &spec).await.unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Invalid, "{}", error.message);
+    }
     for (name, parent) in [
         ("kernel.core_pattern", ""),
         ("net.ipv4/../../kernel.core_pattern", ""),
         ("vm.swappiness", ""),
         ("", "../elsewhere"),
         ("", "cgroup.procs"),
+        ("", "/helpers"),
+        ("", "helpers/web"),
     ] {
         let mut spec = container(&[Image::busybox()], process(&["true"]));
         if !name.is_empty() {

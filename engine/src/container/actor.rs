@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use coracle_agent_api::{ErrorKind, IpcMode, Layer, Network, PidMode, ProcessState, TreeName};
+use coracle_agent_api::{ErrorKind, IpcMode, Layer, PidMode, ProcessState, TreeName};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -35,7 +35,7 @@ use crate::{
     error::{Error, Kind, Result, chain},
     io::{self, Outcome, Pump},
     logs::LogError,
-    networks::endpoint::Wanted,
+    networks::{endpoint::Wanted, files},
     sandboxes::{Host, LayerFile},
     time::UnixNanos,
 };
@@ -251,7 +251,9 @@ impl Actor {
         let binds = self.grant_trees(&host).await?;
         let network = self.join_networks().await?;
         self.mark("networks-joined");
-        let donors = spec::Donors { network, links: self.core.links(&self.record)?, ..self.donors()? };
+        let search = files::host_search(&self.core.config.host_files.read_resolv_conf().await);
+        let links = self.core.links(&self.record)?;
+        let donors = spec::Donors { network, links, search, ..self.donors()? };
         let spec = spec::build(&self.record, layers, donors, spec::Mounts { volumes, binds })?;
         let id = self.record.id.clone();
         let started = match host.agent().start(&id, &spec).await {
@@ -321,8 +323,7 @@ impl Actor {
         Ok(spec::Donors {
             ipc: isolation::ipc(host, |_| ipc.as_ref().map(id).map(IpcMode::Container))?,
             pid: isolation::pid(host, |_| pid.as_ref().map(id).map(PidMode::Container))?,
-            network: Network::default(),
-            links: Vec::new(),
+            ..spec::Donors::default()
         })
     }
 

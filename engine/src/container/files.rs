@@ -59,7 +59,7 @@ pub(crate) fn diff(record: &Record) -> FilesOperation {
 }
 
 fn injected(record: &Record) -> Vec<String> {
-    spec::files(record, &[])
+    spec::files(record, &[], &[])
         .map(|files| files.into_iter().map(|file| file.path).collect())
         .unwrap_or_default()
 }

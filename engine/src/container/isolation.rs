@@ -169,16 +169,24 @@ pub(crate) fn device_rules(host: &HostConfig) -> Result<Vec<DeviceRule>> {
     host.device_cgroup_rules.iter().map(convert).collect()
 }
 
-fn sysctls(host: &HostConfig) -> Result<()> {
+/// Checks `--sysctl`: parameters of a namespace that is someone else's are not this container's to change.
+pub(crate) fn sysctls(host: &HostConfig) -> Result<()> {
     for name in host.sysctls.keys() {
         let dotted = name.replace('/', ".");
+        let of_network = dotted.starts_with("net.");
+        if of_network && host.network_mode == "host" {
+            return invalid(format!("sysctl {:?} not allowed in host network namespace", shown(name)));
+        }
+        if of_network && donor(&host.network_mode).is_some() {
+            return invalid(format!("sysctl {:?} is not in a separate kernel namespace", shown(name)));
+        }
         let of_ipc = IPC_SYSCTLS.contains(&dotted.as_str()) || dotted.starts_with("fs.mqueue.");
         let own_ipc = host.ipc_mode != "host" && donor(&host.ipc_mode).is_none();
         if of_ipc && !own_ipc {
             return invalid(format!("sysctl {:?} is not in a separate kernel namespace", shown(name)));
         }
         let of_uts = dotted == "kernel.domainname" && host.uts_mode.is_empty();
-        if !dotted.starts_with("net.") && !of_ipc && !of_uts {
+        if !of_network && !of_ipc && !of_uts {
             return invalid(format!("sysctl {:?} is not in a separate kernel namespace", shown(name)));
         }
     }
@@ -215,6 +223,14 @@ mod tests {
             (r#"{"Sysctls":{"kernel.core_pattern":"x"}}"#, "is not in a separate kernel namespace"),
             (
                 r#"{"IpcMode":"host","Sysctls":{"kernel.shmmax":"1"}}"#,
+                "is not in a separate kernel namespace",
+            ),
+            (
+                r#"{"NetworkMode":"host","Sysctls":{"net.core.somaxconn":"1"}}"#,
+                "not allowed in host network namespace",
+            ),
+            (
+                r#"{"NetworkMode":"container:abc","Sysctls":{"net/core/somaxconn":"1"}}"#,
                 "is not in a separate kernel namespace",
             ),
         ] {

@@ -44,6 +44,8 @@ pub(crate) struct Donors {
     pub(crate) network: Network,
     /// Whom it knows by `--link`.
     pub(crate) links: Vec<Link>,
+    /// The domains in which the host looks names up.
+    pub(crate) search: Vec<String>,
 }
 
 /// What is mounted in a container, as its sandbox knows it.
@@ -66,7 +68,7 @@ pub(crate) fn build(
         true => Vec::new(),
         false => paths(given, defaults),
     };
-    let mut files = files(record, &donors.links)?;
+    let mut files = files(record, &donors.links, &donors.search)?;
     // Whoever mounts such a file wants that one.
     files.retain(|file| !binds.iter().any(|bind| bind.path == file.path));
     Ok(ContainerSpec {
@@ -167,14 +169,14 @@ fn set(env: &mut Vec<String>, variable: &str) {
 }
 
 /// The files that are mounted in a container.
-pub(super) fn files(record: &Record, links: &[Link]) -> Result<Vec<InjectedFile>> {
+pub(super) fn files(record: &Record, links: &[Link], search: &[String]) -> Result<Vec<InjectedFile>> {
     let hostname = &record.config.hostname;
     let hosts = networks::files::hosts(record, links)?;
     let file = |path: &str, contents: String| InjectedFile { path: path.to_owned(), contents };
     Ok(vec![
         file("/etc/hostname", format!("{hostname}\n")),
         file("/etc/hosts", hosts),
-        file("/etc/resolv.conf", networks::files::resolv_conf(record)),
+        file("/etc/resolv.conf", networks::files::resolv_conf(record, search)),
     ])
 }
 

@@ -77,6 +77,8 @@ impl Core {
         // By its name, whether the client gave that or an id: all that follows goes by the name.
         let primary = primary.unwrap_or_else(|_| host.network_mode.clone());
         host.network_mode.clone_from(&primary);
+        // By its id, too, the host's network is the host's.
+        isolation::sysctls(host)?;
         let mac = std::mem::take(&mut config.mac_address);
         let first = wanted.entry(primary.clone()).or_default();
         if !mac.is_empty() {

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
+use coracle_agent_api::MIN_IPV6_MTU;
 use ipnet::IpNet;
 use serde::Deserialize;
 
@@ -9,7 +10,7 @@ use super::{
     Driver, Network, State, ipam,
     ipam::Pool,
     is_taken, new_id,
-    record::{BRIDGE_NAME, check_options},
+    record::{BRIDGE_NAME, MTU, check_options},
 };
 use crate::{
     core::Core,
@@ -203,6 +204,12 @@ impl CreateRequest {
             let net = ipam::next_ipv6(&engine, |net| is_taken(state, net)).ok_or_else(exhausted)?;
             pools.push(Pool::new(net));
         }
+        let mtu = self.options.get(MTU).and_then(|text| text.parse::<u16>().ok());
+        if has(&pools, false) && mtu.is_some_and(|mtu| mtu < MIN_IPV6_MTU) {
+            return Err(Error::invalid(format!(
+                "invalid value for the network option {MTU}: with IPv6 it is {MIN_IPV6_MTU} at least"
+            )));
+        }
         if let Some(name) = self.options.get(BRIDGE_NAME)
             && state
                 .by_id
@@ -316,6 +323,12 @@ mod tests {
                 r#"{"Name":"a","Options":{"com.docker.network.bridge.name":"docker0"}}"#.to_owned(),
                 403,
                 "docker0 already",
+            ),
+            (
+                r#"{"Name":"a","EnableIPv6":true,"Options":{"com.docker.network.driver.mtu":"1279"}}"#
+                    .to_owned(),
+                400,
+                "with IPv6 it is 1280 at least",
             ),
             (ipam(r#"{"Subnet":"10.0.0.0/33"}"#), 400, "invalid subnet"),
             (ipam(r#"{"Subnet":"10.0.0.1/24"}"#), 400, "it should be 10.0.0.0/24"),

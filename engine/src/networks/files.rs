@@ -39,8 +39,9 @@ pub(crate) fn hosts(record: &Record, links: &[Link]) -> Result<String> {
     Ok(hosts)
 }
 
-/// `/etc/resolv.conf`: the name server in the container's own namespace, and how names are completed.
-pub(crate) fn resolv_conf(record: &Record) -> String {
+/// `/etc/resolv.conf`: the name server in the container's own namespace, and how names are completed; `search` are the domains in
+/// which the host itself looks names up.
+pub(crate) fn resolv_conf(record: &Record, search: &[String]) -> String {
     let host = &record.host_config;
     if host.network_mode == "none" {
         return "# This container has a loopback interface only: there is no one to ask.\n".to_owned();
@@ -49,7 +50,7 @@ pub(crate) fn resolv_conf(record: &Record) -> String {
         "# Made by Coracle: the name server knows containers, and asks the host for all else.\nnameserver 127.0.0.11\n",
     );
     let search = match host.dns_search.is_empty() {
-        true => host_search(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()),
+        true => search.to_vec(),
         // As in Docker, a dot means none.
         false => host.dns_search.iter().filter(|domain| *domain != ".").cloned().collect(),
     };
@@ -64,8 +65,8 @@ pub(crate) fn resolv_conf(record: &Record) -> String {
     text
 }
 
-/// The domains in which the host itself looks names up; the last line of its file counts (resolv.conf(5)).
-fn host_search(file: &str) -> Vec<String> {
+/// The domains in which the host itself looks names up; the last line of its resolv.conf(5) counts.
+pub(crate) fn host_search(file: &str) -> Vec<String> {
     let words = |line: &str| {
         let mut words = line.split_ascii_whitespace();
         matches!(words.next(), Some("search" | "domain")).then(|| words.map(str::to_owned).collect())

@@ -22,7 +22,7 @@ const ENABLE_ICC: &str = "com.docker.network.bridge.enable_icc";
 pub(crate) const DEFAULT_BRIDGE: &str = "com.docker.network.bridge.default_bridge";
 const MASQUERADE: &str = "com.docker.network.bridge.enable_ip_masquerade";
 pub(crate) const HOST_BINDING_V4: &str = "com.docker.network.bridge.host_binding_ipv4";
-const MTU: &str = "com.docker.network.driver.mtu";
+pub(crate) const MTU: &str = "com.docker.network.driver.mtu";
 const INTERFACE_PREFIX: &str = "com.docker.network.container_iface_prefix";
 
 /// What stands behind a network.

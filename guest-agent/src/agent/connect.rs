@@ -59,8 +59,14 @@ impl Agent {
     /// Changes what a running container is called on a network.
     pub(crate) fn rename_on(&self, id: &ProcessId, network: &NetworkId, names: &[String]) -> Result<()> {
         let container = self.running(id)?;
-        self.networks.directory().rename(&container.id, network, names);
-        Ok(())
+        match self.networks.directory().rename(&container.id, network, names) {
+            true => Ok(()),
+            false => Err(conflict(format!(
+                "container {} is not on network {}",
+                container.id.short(),
+                network.short()
+            ))),
+        }
     }
 
     /// Removes a network's bridge.

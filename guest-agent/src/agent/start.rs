@@ -142,7 +142,7 @@ impl Agent {
             network,
             names,
         } = prepared;
-        holdings.ports.names = self.serve_names(id, &spec, network.as_ref(), names);
+        holdings.ports.names = names.and_then(|sockets| self.serve_names(id, &spec, sockets));
         if let (Network::Endpoints(_), Some(network)) = (&spec.network, &network) {
             let (listeners, namespace) = (self.listeners.clone(), network.cookie());
             listeners.publish(namespace, id, &spec.published_ports);
@@ -213,27 +213,42 @@ impl Agent {
         let trees = self.host_trees.locate(&spec.binds)?;
         let (shm, shared, owned_shm) = self.shared_memory(id, spec, &donors)?;
         let cgroup = Arc::new(self.cgroups.create(id, &spec.cgroup_parent, &spec.resources, &devices)?);
-        let mut ports = Interfaces::new(&self.networks, id);
-        let network = self.network(&spec.network, &mut ports)?;
-        let names = self.name_sockets(&spec.network, network.as_deref())?;
+        let ports = Interfaces::new(&self.networks, id);
         let holdings = Holdings { cgroup, root, layers, shm: owned_shm, ports };
-        Ok(Prepared {
-            holdings,
-            files,
-            volumes,
-            trees,
-            seccomp,
-            shm,
-            shared,
-            devices_ruled,
-            donors,
-            network,
-            names,
-        })
+        match self.connect_prepared(id, spec, &holdings) {
+            Ok((network, names)) => Ok(Prepared {
+                holdings,
+                files,
+                volumes,
+                trees,
+                seccomp,
+                shm,
+                shared,
+                devices_ruled,
+                donors,
+                network,
+                names,
+            }),
+            Err(error) => {
+                holdings.give_back(id);
+                Err(error)
+            }
+        }
+    }
+
+    fn connect_prepared(
+        &self,
+        id: &ProcessId,
+        spec: &ContainerSpec,
+        holdings: &Holdings,
+    ) -> Result<(Option<Arc<Namespace>>, Option<names::Sockets>)> {
+        let network = self.network(&spec.network, &holdings.ports)?;
+        let names = self.name_sockets(id, &spec.network, network.as_ref(), &holdings.cgroup)?;
+        Ok((network, names))
     }
 
     /// A container's network namespace, and in it what the container is connected to.
-    fn network(&self, network: &Network, interfaces: &mut Interfaces) -> Result<Option<Arc<Namespace>>> {
+    fn network(&self, network: &Network, interfaces: &Interfaces) -> Result<Option<Arc<Namespace>>> {
         match network {
             Network::Host => Ok(None),
             Network::Container(donor) => Ok(self.running(donor)?.network.clone()),
@@ -248,19 +263,22 @@ impl Agent {
         }
     }
 
-    /// The sockets of a container's name server, if it is to have one.
+    /// The sockets of a container's name server, if it is to have one: one that shares another container's namespace has that one's.
     fn name_sockets(
         &self,
+        id: &ProcessId,
         network: &Network,
-        namespace: Option<&Namespace>,
+        namespace: Option<&Arc<Namespace>>,
+        cgroup: &Cgroup,
     ) -> Result<Option<names::Sockets>> {
+        const STEP: &str = "open the name server's sockets";
         match (network, namespace) {
             (Network::Endpoints(endpoints), Some(namespace)) if !endpoints.is_empty() => {
-                names::Sockets::open(namespace).at("open the name server's sockets").map(Some)
+                names::Sockets::open(namespace.clone()).at(STEP).map(Some)
             }
-            (Network::Host, _) if self.guest_names.get().is_none() => {
-                let own = Namespace::current().at("open the guest's network namespace")?;
-                names::Sockets::open(&own).at("open the name server's sockets").map(Some)
+            (_, None) => {
+                let group = cgroup.identity().at(STEP)?;
+                names::Sockets::open_in_guest(id, group).at(STEP).map(Some)
             }
             _ => Ok(None),
         }
@@ -270,28 +288,18 @@ impl Agent {
         &self,
         id: &ProcessId,
         spec: &ContainerSpec,
-        namespace: Option<&Arc<Namespace>>,
-        sockets: Option<names::Sockets>,
+        sockets: names::Sockets,
     ) -> Option<names::Server> {
         let knowledge = names::Knowledge {
             container: id.clone(),
             directory: self.networks.directory().clone(),
             upstream: self.upstream.clone(),
             servers: spec.name_servers.clone(),
+            descriptors: self.descriptors().clone(),
         };
-        let own = match namespace {
-            Some(namespace) => namespace.clone(),
-            None => Arc::new(Namespace::current().ok()?),
-        };
-        let server = names::serve(sockets?, own, knowledge);
-        let server = server
+        names::serve(sockets, knowledge, self.egress.runtime())
             .inspect_err(|error| tracing::error!(container = id.short(), "it has no names: {error}"))
-            .ok()?;
-        match namespace {
-            Some(_) => Some(server),
-            // It serves all containers that have the guest's network; if two came first, one of the servers goes.
-            None => self.guest_names.set(server).err(),
-        }
+            .ok()
     }
 
     /// What /dev/shm is, where others find it, and what of it the container holds.

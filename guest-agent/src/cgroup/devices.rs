@@ -9,6 +9,9 @@ use std::os::fd::OwnedFd;
 
 use coracle_agent_api::{DeviceAccess, DeviceKind, DeviceRule};
 
+use crate::bpf::assembler::{
+    AND, Assembler, EXIT, Instruction, LOAD, MOVE, NOT_EQUAL_WORD, SET, SHIFT_RIGHT,
+};
 use crate::bpf::{self, Purpose};
 
 /// What a container may do with devices.
@@ -46,8 +49,8 @@ const ALWAYS: [DeviceRule; 9] = [
 /// Loads the program for some rules besides those for all.
 pub(super) fn load(rules: &[DeviceRule]) -> io::Result<OwnedFd> {
     let all: Vec<DeviceRule> = ALWAYS.iter().chain(rules).copied().collect();
-    let packed: Vec<u64> = program(&all).iter().map(|instruction| instruction.pack()).collect();
-    bpf::load(Purpose::Devices, &packed)
+    let program = program(&all).ok_or(io::ErrorKind::InvalidInput)?;
+    bpf::load(Purpose::Devices, &program)
 }
 
 const MKNOD: u32 = 1;
@@ -56,14 +59,6 @@ const WRITE: u32 = 4;
 const BLOCK: u32 = 1;
 const CHAR: u32 = 2;
 
-const LOAD_WORD: u8 = 0x61;
-const MOVE: u8 = 0xb7;
-const MOVE_REGISTER: u8 = 0xbf;
-const AND: u8 = 0x54;
-const SHIFT_RIGHT: u8 = 0x74;
-const JUMP_NOT_EQUAL: u8 = 0x56;
-const EXIT: u8 = 0x95;
-
 const RESULT: u8 = 0;
 const CONTEXT: u8 = 1;
 const KIND: u8 = 2;
@@ -71,67 +66,41 @@ const ACCESS: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 
-/// An eBPF instruction, as `struct bpf_insn` has it.
-#[derive(Debug, Clone, Copy)]
-struct Instruction {
-    code: u8,
-    destination: u8,
-    source: u8,
-    offset: i16,
-    value: u32,
-}
-
-impl Instruction {
-    fn pack(self) -> u64 {
-        let offset = u64::from(self.offset as u16);
-        u64::from(self.value) << 32
-            | offset << 16
-            | u64::from(self.source << 4 | self.destination) << 8
-            | u64::from(self.code)
-    }
-}
-
-fn instruction(code: u8, destination: u8, source: u8, offset: i16, value: u32) -> Instruction {
-    Instruction { code, destination, source, offset, value }
-}
-
-fn program(rules: &[DeviceRule]) -> Vec<Instruction> {
+/// The program; `None` for more rules than one can have.
+fn program(rules: &[DeviceRule]) -> Option<Vec<Instruction>> {
     // struct bpf_cgroup_dev_ctx: the access in the upper half of the first word and the kind in the lower; then the numbers.
-    let mut program = vec![
-        instruction(LOAD_WORD, KIND, CONTEXT, 0, 0),
-        instruction(MOVE_REGISTER, ACCESS, KIND, 0, 0),
-        instruction(SHIFT_RIGHT, ACCESS, 0, 0, 16),
-        instruction(AND, KIND, 0, 0, 0xffff),
-        instruction(LOAD_WORD, MAJOR, CONTEXT, 4, 0),
-        instruction(LOAD_WORD, MINOR, CONTEXT, 8, 0),
-    ];
-    for rule in rules {
+    let mut code = Assembler::default();
+    code.emit(LOAD, KIND, CONTEXT, 0, 0)
+        .emit(MOVE, ACCESS, KIND, 0, 0)
+        .emit(SHIFT_RIGHT, ACCESS, 0, 0, 16)
+        .emit(AND, KIND, 0, 0, 0xffff)
+        .emit(LOAD, MAJOR, CONTEXT, 4, 0)
+        .emit(LOAD, MINOR, CONTEXT, 8, 0);
+    for (next, rule) in (0..).zip(rules) {
         let DeviceAccess { read, write, mknod } = rule.access;
         let bits = [(read, READ), (write, WRITE), (mknod, MKNOD)];
         let allowed: u32 = bits.iter().filter(|(allowed, _)| *allowed).map(|(_, bit)| bit).sum();
-        let mut conditions = Vec::new();
-        match rule.kind {
-            DeviceKind::Any => {}
-            DeviceKind::Char => conditions.push((KIND, CHAR)),
-            DeviceKind::Block => conditions.push((KIND, BLOCK)),
+        let kind = match rule.kind {
+            DeviceKind::Any => None,
+            DeviceKind::Char => Some(CHAR),
+            DeviceKind::Block => Some(BLOCK),
+        };
+        let conditions = [(KIND, kind), (MAJOR, rule.major), (MINOR, rule.minor)];
+        for (register, value) in
+            conditions.iter().filter_map(|(register, value)| Some((*register, (*value)?)))
+        {
+            code.jump(NOT_EQUAL_WORD, register, value.cast_signed(), next);
         }
-        conditions.extend(rule.major.map(|major| (MAJOR, major)));
-        conditions.extend(rule.minor.map(|minor| (MINOR, minor)));
-        // Behind the conditions: two to look for what is asked beyond the rule, its jump, two to say yes.
-        let mut left = conditions.len() as i16 + 5;
-        for (register, value) in conditions {
-            left -= 1;
-            program.push(instruction(JUMP_NOT_EQUAL, register, 0, left, value));
-        }
-        program.push(instruction(MOVE_REGISTER, RESULT, ACCESS, 0, 0));
-        program.push(instruction(AND, RESULT, 0, 0, !allowed & (MKNOD | READ | WRITE)));
-        program.push(instruction(JUMP_NOT_EQUAL, RESULT, 0, 2, 0));
-        program.push(instruction(MOVE, RESULT, 0, 0, 1));
-        program.push(instruction(EXIT, 0, 0, 0, 0));
+        // What is asked beyond the rule is no matter of this one.
+        code.emit(MOVE, RESULT, ACCESS, 0, 0)
+            .emit(AND, RESULT, 0, 0, (!allowed & (MKNOD | READ | WRITE)).cast_signed())
+            .jump(NOT_EQUAL_WORD, RESULT, 0, next)
+            .emit(SET, RESULT, 0, 0, 1)
+            .emit(EXIT, 0, 0, 0, 0)
+            .label(next);
     }
-    program.push(instruction(MOVE, RESULT, 0, 0, 0));
-    program.push(instruction(EXIT, 0, 0, 0, 0));
-    program
+    code.emit(SET, RESULT, 0, 0, 0).emit(EXIT, 0, 0, 0, 0);
+    code.finish()
 }
 
 #[cfg(test)]
@@ -141,21 +110,22 @@ mod tests {
     /// Runs a program as the kernel would.
     fn allows(rules: &[DeviceRule], kind: u32, access: u32, major: u32, minor: u32) -> bool {
         let all: Vec<DeviceRule> = ALWAYS.iter().chain(rules).copied().collect();
-        let program = program(&all);
+        let program = program(&all).unwrap();
         let context = [access << 16 | kind, major, minor];
         let mut registers = [0u32; 6];
         let mut at = 0;
         loop {
             let Instruction { code, destination, source, offset, value } = program[at];
+            let value = value.cast_unsigned();
             let (to, from) = (usize::from(destination), usize::from(source));
             at += 1;
             match code {
-                LOAD_WORD => registers[to] = context[offset as usize / 4],
-                MOVE => registers[to] = value,
-                MOVE_REGISTER => registers[to] = registers[from],
+                LOAD => registers[to] = context[offset as usize / 4],
+                SET => registers[to] = value,
+                MOVE => registers[to] = registers[from],
                 AND => registers[to] &= value,
                 SHIFT_RIGHT => registers[to] >>= value,
-                JUMP_NOT_EQUAL => at += if registers[to] == value { 0 } else { offset as usize },
+                NOT_EQUAL_WORD => at += if registers[to] == value { 0 } else { offset as usize },
                 EXIT => return registers[0] == 1,
                 other => panic!("{other:#x}"),
             }

@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use coracle_agent_api::{ApiError, ErrorKind, ProcessId, Resources};
@@ -26,8 +27,11 @@ const WANTED: [&str; 5] = ["cpu", "memory", "pids", "io", "cpuset"];
 
 /// Of the processes that containers may have, one that was given no limit gets this part, so that others are left with some.
 const SHARE_OF_PROCESSES: (u64, u64) = (3, 4);
-/// A container's own groups below the one it was given, at most.
+/// A container's own groups below the one it was given: how deep they are, and how many there are, at most.
 const MAX_DEPTH: usize = 32;
+const MAX_GROUPS: usize = 4096;
+/// The group of the agent's own helpers, in that of all containers.
+pub(crate) const HELPERS: &str = "helpers";
 
 /// What all containers leave to the agent and the kernel.
 #[derive(Debug, Clone, Copy)]
@@ -44,6 +48,26 @@ pub(crate) struct Cgroups {
     limits: Limits,
     /// The device program of containers that ask for nothing special; none where the kernel takes no such programs.
     device_program: Option<OwnedFd>,
+    parents: Arc<Parents>,
+}
+
+/// Groups that containers name as their parents: they come with the first and go with the last of them. Held while that may be so.
+#[derive(Debug, Default)]
+struct Parents(Mutex<()>);
+
+impl Parents {
+    fn alone(&self) -> MutexGuard<'_, ()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// By what the kernel knows a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// Its number.
+    pub id: u64,
+    /// How far it is below the root of the hierarchy.
+    pub level: u32,
 }
 
 impl Cgroups {
@@ -73,6 +97,7 @@ impl Cgroups {
             directory,
             limits: Limits { controllers, root: mount.to_owned(), processes },
             device_program,
+            parents: Arc::default(),
         })
     }
 
@@ -89,14 +114,20 @@ impl Cgroups {
 
     /// Makes the group of the agent's own helpers, which belong to no container.
     pub(crate) fn create_for_helpers(&self) -> io::Result<Cgroup> {
-        let path = self.directory.join("helpers");
+        let path = self.directory.join(HELPERS);
         match std::fs::create_dir(&path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::openat(CWD, &path, flags, Mode::empty())?;
-        Ok(Cgroup { path, base: self.directory.clone(), directory })
+        Ok(self.group(path, directory))
+    }
+
+    fn group(&self, path: PathBuf, directory: OwnedFd) -> Cgroup {
+        let level = path.strip_prefix(&self.limits.root).map_or(0, |below| below.components().count());
+        let (base, parents) = (self.directory.clone(), self.parents.clone());
+        Cgroup { path, base, directory, level: u32::try_from(level).unwrap_or(u32::MAX), parents }
     }
 
     /// Makes a container's group, below a parent if one is named, with its limits and its devices.
@@ -108,23 +139,42 @@ impl Cgroups {
         devices: &Devices,
     ) -> Result<Cgroup> {
         let files = self.limits.files(resources)?;
-        let mut path = self.directory.clone();
-        for name in parent.split('/').filter(|name| !name.is_empty()) {
-            path.push(name);
-            make_group(&path)?;
-            enable(&path).at("use the parent cgroup")?;
-        }
-        path.push(id.as_str());
-        make_group(&path)?;
+        let path = self.make_path(id, parent)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(CWD, &path, flags, Mode::empty()).at("open the cgroup")?;
-        let group = Cgroup { path, base: self.directory.clone(), directory: opened };
-        let made = group.write(&files).and_then(|()| self.give_devices(&group, devices));
+        let group = self.group(path, opened);
+        let made = group
+            .bound()
+            .and_then(|()| group.write(&files))
+            .and_then(|()| self.give_devices(&group, devices));
         if let Err(error) = made {
             let _ = group.remove();
             return Err(error);
         }
         Ok(group)
+    }
+
+    /// Makes the directory of a container's group and those that lead to it. What fails on the way leaves nothing behind.
+    fn make_path(&self, id: &ProcessId, parent: &str) -> Result<PathBuf> {
+        let _alone = self.parents.alone();
+        let mut path = self.directory.clone();
+        let mut make = || {
+            for name in parent.split('/').filter(|name| !name.is_empty()) {
+                path.push(name);
+                make_group(&path)?;
+                enable(&path).at("use the parent cgroup")?;
+            }
+            path.push(id.as_str());
+            make_group(&path)
+        };
+        match make() {
+            Ok(()) => Ok(path),
+            Err(error) => {
+                let _ = std::fs::remove_dir(&path);
+                remove_parents(&path, &self.directory);
+                Err(error)
+            }
+        }
     }
 
     fn give_devices(&self, group: &Cgroup, devices: &Devices) -> Result<()> {
@@ -166,6 +216,16 @@ fn make_group(path: &Path) -> Result<()> {
     match std::fs::create_dir(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error).at("make the cgroup"),
         _ => Ok(()),
+    }
+}
+
+/// Removes the groups above one, up to that of all containers, as far as they are empty.
+fn remove_parents(group: &Path, base: &Path) {
+    for parent in group.ancestors().skip(1).take_while(|parent| *parent != base) {
+        // In use, or not made: then so are those above.
+        if std::fs::remove_dir(parent).is_err_and(|error| error.kind() != io::ErrorKind::NotFound) {
+            break;
+        }
     }
 }
 
@@ -216,12 +276,28 @@ pub(crate) struct Cgroup {
     /// The group of all containers.
     base: PathBuf,
     directory: OwnedFd,
+    /// See [`Identity`].
+    level: u32,
+    parents: Arc<Parents>,
 }
 
 impl Cgroup {
     /// The directory, for CLONE_INTO_CGROUP.
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
+    }
+
+    /// By what the kernel knows it.
+    pub(crate) fn identity(&self) -> io::Result<Identity> {
+        Ok(Identity { id: rustix::fs::fstat(&self.directory)?.st_ino, level: self.level })
+    }
+
+    /// A container that may make groups of its own cannot make more than can be removed again.
+    fn bound(&self) -> Result<()> {
+        for (name, most) in [("cgroup.max.depth", MAX_DEPTH), ("cgroup.max.descendants", MAX_GROUPS)] {
+            std::fs::write(self.path.join(name), most.to_string()).at(format!("write `{most}` to {name}"))?;
+        }
+        Ok(())
     }
 
     fn write(&self, files: &[File]) -> Result<()> {
@@ -271,12 +347,9 @@ impl Cgroup {
             }
             result => result?,
         }
-        // A parent that was named by containers goes with the last of them.
-        for parent in self.path.ancestors().skip(1).take_while(|parent| *parent != self.base) {
-            if std::fs::remove_dir(parent).is_err() {
-                break;
-            }
-        }
+        // A parent that was named by containers goes with the last of them, unless the next one is just coming.
+        let _alone = self.parents.alone();
+        remove_parents(&self.path, &self.base);
         Ok(())
     }
 }

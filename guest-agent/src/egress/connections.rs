@@ -13,13 +13,13 @@ use std::time::Duration;
 
 use coracle_agent_api::egress::{Failure, Flow};
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::link::Link;
 use super::queue::{Queues, Waiting};
 use super::relay;
 use super::ruleset::Mark;
-use crate::incoming;
+use crate::incoming::Descriptors;
 
 /// Connections that the host is making.
 const MOST_PENDING: usize = 1024;
@@ -36,8 +36,7 @@ pub(super) struct Connections {
     queues: Arc<Queues>,
     pending: Mutex<Pending>,
     room: Arc<Semaphore>,
-    /// A descriptor is free again.
-    freed: Arc<Notify>,
+    descriptors: Arc<Descriptors>,
 }
 
 #[derive(Default)]
@@ -61,9 +60,9 @@ struct Connected {
 }
 
 impl Connections {
-    pub(super) fn new(link: Arc<Link>, queues: Arc<Queues>, freed: Arc<Notify>) -> Arc<Self> {
+    pub(super) fn new(link: Arc<Link>, queues: Arc<Queues>, descriptors: Arc<Descriptors>) -> Arc<Self> {
         let room = Arc::new(Semaphore::new(MOST_OPEN));
-        Arc::new(Self { link, queues, pending: Mutex::default(), room, freed })
+        Arc::new(Self { link, queues, pending: Mutex::default(), room, descriptors })
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
@@ -114,7 +113,7 @@ impl Connections {
             let (stream, source) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    incoming::survive(error, &self.freed).await?;
+                    self.descriptors.survive(error).await?;
                     continue;
                 }
             };
@@ -124,11 +123,11 @@ impl Connections {
             match self.pending().remove(&flow) {
                 Some(State::Connected(Connected { stream: host, room, claimed })) => {
                     drop(claimed);
-                    let freed = self.freed.clone();
+                    let descriptors = self.descriptors.clone();
                     tokio::spawn(async move {
                         relay::relay(stream, host).await;
                         drop(room);
-                        freed.notify_one();
+                        descriptors.were_freed();
                     });
                 }
                 // It took longer than anybody waits.

@@ -27,9 +27,11 @@ pub(super) struct Link {
     waiting: Mutex<Waiting>,
 }
 
-/// The ways to the daemon.
+/// The ways to one daemon.
 #[derive(Debug, Clone)]
 struct Lanes {
+    /// Which one.
+    daemon: u64,
     asked: mpsc::Sender<Vec<u8>>,
     datagrams: mpsc::Sender<Vec<u8>>,
 }
@@ -37,12 +39,15 @@ struct Lanes {
 #[derive(Debug, Default)]
 struct Waiting {
     last_id: u32,
+    /// Daemons that there have been.
+    daemons: u64,
     answers: HashMap<u32, Waiter>,
 }
 
 #[derive(Debug)]
 enum Waiter {
-    Once(oneshot::Sender<Outcome>),
+    /// With the daemon that was asked, once one was.
+    Once(oneshot::Sender<Outcome>, Option<u64>),
     Flow(mpsc::Sender<Reply>),
 }
 
@@ -87,17 +92,22 @@ impl Link {
         let (mut reader, mut writer) = tokio::io::split(io);
         let (asked, mut to_ask) = mpsc::channel::<Vec<u8>>(ASKED);
         let (datagrams, mut to_send) = mpsc::channel::<Vec<u8>>(DATAGRAMS);
-        let ours = Lanes { asked, datagrams };
-        self.lanes.send_replace(Some(ours.clone()));
+        let daemon = {
+            let mut waiting = self.waiting();
+            waiting.daemons += 1;
+            waiting.daemons
+        };
+        self.lanes.send_replace(Some(Lanes { daemon, asked, datagrams }));
         let mut newest = self.lanes.subscribe();
-        let is_ours =
-            |lanes: &Option<Lanes>| lanes.as_ref().is_some_and(|lanes| lanes.asked.same_channel(&ours.asked));
-        let write = async {
+        let is_ours = |lanes: &Option<Lanes>| lanes.as_ref().is_some_and(|lanes| lanes.daemon == daemon);
+        // Owned, so that nothing more can be asked of this daemon when it ends.
+        let write = async move {
             loop {
                 let frame = tokio::select! {
                     biased;
                     Some(frame) = to_ask.recv() => frame,
                     Some(frame) = to_send.recv() => frame,
+                    else => return Ok(()),
                 };
                 writer.write_all(&frame).await?;
                 if to_ask.is_empty() && to_send.is_empty() {
@@ -113,7 +123,7 @@ impl Link {
         let ended: io::Result<()> = tokio::select! {
             ended = write => ended,
             ended = read => ended,
-            _ = newest.wait_for(|lanes| !is_ours(lanes)) => return,
+            _ = newest.wait_for(|lanes| !is_ours(lanes)) => Err(io::Error::other("another daemon has come")),
         };
         if let Err(error) = ended {
             tracing::debug!("the daemon's connection for the outside has ended: {error}");
@@ -125,8 +135,10 @@ impl Link {
             }
             current
         });
-        // Whoever waits for an answer will get none. Flows of datagrams go on with the next daemon.
-        self.waiting().answers.retain(|_, waiter| matches!(waiter, Waiter::Flow(_)));
+        // Whoever has asked this one will get no answer. Flows of datagrams go on with the next.
+        self.waiting()
+            .answers
+            .retain(|_, waiter| !matches!(waiter, Waiter::Once(_, Some(asked)) if *asked == daemon));
     }
 
     async fn take_reply(&self, reader: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
@@ -139,8 +151,8 @@ impl Link {
         let mut waiting = self.waiting();
         match waiting.answers.get(&header.id) {
             Some(Waiter::Flow(flow)) => drop(flow.try_send(reply)),
-            Some(Waiter::Once(_)) => {
-                if let Some(Waiter::Once(waiter)) = waiting.answers.remove(&header.id) {
+            Some(Waiter::Once(..)) => {
+                if let Some(Waiter::Once(waiter, _)) = waiting.answers.remove(&header.id) {
                     // Who asked may have given up.
                     let _ = waiter.send(Outcome::Reply(reply));
                 }
@@ -153,8 +165,8 @@ impl Link {
     /// A connected stream has come from the host.
     pub(super) fn stream_arrived(&self, id: u32, stream: OwnedFd) {
         let mut waiting = self.waiting();
-        if matches!(waiting.answers.get(&id), Some(Waiter::Once(_)))
-            && let Some(Waiter::Once(waiter)) = waiting.answers.remove(&id)
+        if matches!(waiting.answers.get(&id), Some(Waiter::Once(..)))
+            && let Some(Waiter::Once(waiter, _)) = waiting.answers.remove(&id)
         {
             let _ = waiter.send(Outcome::Stream(stream));
         }
@@ -188,13 +200,17 @@ impl Link {
 
     async fn ask(&self, request: &Request, patience: Duration) -> Option<Outcome> {
         let (sender, answer) = oneshot::channel();
-        let id = self.insert(Waiter::Once(sender));
+        let id = self.insert(Waiter::Once(sender, None));
         let _pending = Pending(self, id);
         let mut lanes = self.lanes.subscribe();
-        let asked = {
+        let Lanes { daemon, asked, .. } = {
             let lanes = tokio::time::timeout(patience, lanes.wait_for(Option::is_some)).await.ok()?.ok()?;
-            lanes.as_ref()?.asked.clone()
+            lanes.as_ref()?.clone()
         };
+        if let Some(Waiter::Once(_, whom)) = self.waiting().answers.get_mut(&id) {
+            *whom = Some(daemon);
+        }
+        // A daemon that has ended meanwhile takes nothing any more.
         asked.try_send(request.encode(id)).ok()?;
         answer.await.ok()
     }
@@ -233,5 +249,55 @@ impl Datagrams {
     pub(super) fn sender(&self, flow: Flow) -> impl Fn(Vec<u8>) + Send + Sync + use<> {
         let (link, id) = (self.link.clone(), self.id);
         move |data| link.send_datagram(id, flow, data)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use coracle_agent_api::egress::Transport;
+
+    use super::*;
+
+    /// Asks, and returns when the request was read at the other end.
+    async fn asked(
+        link: &Arc<Link>,
+        daemon: &mut tokio::io::DuplexStream,
+    ) -> (u32, tokio::task::JoinHandle<Option<Vec<u8>>>) {
+        let container = "a".repeat(64).parse().unwrap();
+        let asking = link.clone();
+        let answer = tokio::spawn(async move {
+            asking.question(Request::Question(container, Transport::Udp, vec![7; 12])).await
+        });
+        let mut header = [0; HEADER_LEN];
+        daemon.read_exact(&mut header).await.unwrap();
+        let header = Header::decode(&header).unwrap();
+        daemon.read_exact(&mut vec![0; header.len]).await.unwrap();
+        (header.id, answer)
+    }
+
+    fn serve(link: &Arc<Link>) -> tokio::io::DuplexStream {
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let served = link.clone();
+        tokio::spawn(async move { served.serve(ours).await });
+        theirs
+    }
+
+    #[tokio::test]
+    async fn what_a_daemon_was_asked_ends_with_it_and_what_the_next_one_was_asked_does_not() {
+        let link = Arc::new(Link::default());
+        let mut first = serve(&link);
+        let (_, unanswered) = asked(&link, &mut first).await;
+        let mut second = serve(&link);
+        assert_eq!(unanswered.await.unwrap(), None, "the daemon was replaced");
+        let (id, answered) = asked(&link, &mut second).await;
+        // The first one's end is noticed late.
+        drop(first);
+        second.write_all(&Reply::Answer(vec![1, 2]).encode(id)).await.unwrap();
+        assert_eq!(answered.await.unwrap(), Some(vec![1, 2]));
+        let (_, unanswered) = asked(&link, &mut second).await;
+        drop(second);
+        assert_eq!(unanswered.await.unwrap(), None, "the daemon has gone");
     }
 }

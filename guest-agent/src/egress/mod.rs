@@ -2,7 +2,7 @@
 //! it becomes requests to the daemon ([`link`]), which has the only sockets that reach anything. TCP is ended by the kernels on
 //! both sides, and bytes go from one to the other without coming by here ([`relay`]).
 //!
-//! All of it runs on threads of its own, so that neither a flood of packets nor a fast download holds up the agent's API.
+//! All of it runs on threads of its own, as do name servers and connections to published ports, so that neither a flood of packets nor a fast download holds up the agent's API.
 //! It trusts the daemon, and no packet.
 
 mod connections;
@@ -23,7 +23,8 @@ use coracle_agent_api::egress::{Request, Transport};
 use coracle_agent_api::ports::{FIRST_ARRIVAL, LAST_ARRIVAL};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, watch};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 use self::connections::Connections;
 use self::datagrams::Flows;
@@ -31,7 +32,7 @@ use self::link::Link;
 use self::packet::Asked;
 use self::queue::Queues;
 use self::ruleset::Ports;
-use crate::incoming::Incoming;
+use crate::incoming::{Descriptors, Incoming};
 use crate::network::forward::Forwards;
 use crate::network::names::{Answer, Upstream};
 use crate::sys;
@@ -48,24 +49,50 @@ pub(crate) struct Egress {
     /// Who takes streams that are not answers: connections to published ports.
     forwards: Arc<OnceLock<Arc<Forwards>>>,
     ready: watch::Receiver<bool>,
+    runtime: Handle,
+    descriptors: Arc<Descriptors>,
 }
 
 impl Egress {
     /// Opens the way out of the current network namespace, in the background. Where that fails, the log says so and containers
     /// reach nothing outside.
     pub(crate) fn start(incoming: Incoming) -> io::Result<Arc<Self>> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads)
+            .thread_name("egress")
+            .enable_all()
+            .build()?;
         let (opened, ready) = watch::channel(false);
-        let link = Arc::<Link>::default();
-        let served = link.clone();
-        let forwards: Arc<OnceLock<Arc<Forwards>>> = Arc::default();
-        let taken_by = forwards.clone();
+        let egress = Arc::new(Self {
+            link: Arc::default(),
+            forwards: Arc::default(),
+            ready,
+            runtime: runtime.handle().clone(),
+            descriptors: Arc::default(),
+        });
+        let served = egress.clone();
         std::thread::Builder::new().name("egress".into()).spawn(move || {
-            if let Err(error) = run(&served, incoming, taken_by, &opened) {
-                tracing::error!("containers cannot reach the outside: {error}");
-            }
-            opened.send_replace(true);
+            runtime.block_on(async {
+                if let Err(error) = run(&served, incoming, &opened).await {
+                    tracing::error!("containers cannot reach the outside: {error}");
+                }
+                opened.send_replace(true);
+                // Others' tasks need the threads all the same.
+                std::future::pending::<()>().await;
+            });
         })?;
-        Ok(Arc::new(Self { link, forwards, ready }))
+        Ok(egress)
+    }
+
+    /// The threads on which containers' bytes and packets are moved.
+    pub(crate) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    /// For those who accept connections.
+    pub(crate) fn descriptors(&self) -> &Arc<Descriptors> {
+        &self.descriptors
     }
 
     /// Waits until containers' packets are led here, or never will be.
@@ -102,12 +129,7 @@ impl Upstream for Egress {
     }
 }
 
-fn run(
-    link: &Arc<Link>,
-    incoming: Incoming,
-    forwards: Arc<OnceLock<Arc<Forwards>>>,
-    opened: &watch::Sender<bool>,
-) -> io::Result<()> {
+async fn run(egress: &Egress, incoming: Incoming, opened: &watch::Sender<bool>) -> io::Result<()> {
     let (tcp_v4, tcp_v4_port) = sockets::listener(false)?;
     let (udp_v4, udp_v4_port) = sockets::datagrams(false)?;
     // A machine may have no IPv6 at all.
@@ -121,45 +143,37 @@ fn run(
         udp_v4: udp_v4_port,
         udp_v6: port(&udp_v6),
     })?;
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(threads)
-        .thread_name("egress")
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        let queues = Arc::new(Queues::watch(queues)?);
-        let freed = Arc::<Notify>::default();
-        let connections = Connections::new(link.clone(), queues.clone(), freed.clone());
-        let flows = Flows::new(link.clone(), queues.clone())?;
-        let mut tasks = tokio::task::JoinSet::new();
-        for listener in [Some(tcp_v4), tcp_v6.map(|(socket, _)| socket)].into_iter().flatten() {
-            tasks.spawn(connections.clone().accept(TcpListener::from_std(listener.into())?));
-        }
-        for socket in [Some(udp_v4), udp_v6.map(|(socket, _)| socket)].into_iter().flatten() {
-            tasks.spawn(flows.clone().listen(sys::watch(socket)?));
-        }
-        let link = link.clone();
-        tasks.spawn(async move {
-            incoming
-                .serve(
-                    |id, stream| match forwards.get().filter(|_| ARRIVALS.contains(&id)) {
-                        Some(forwards) => forwards.stream_arrived(id, stream),
-                        None => link.stream_arrived(id, stream),
-                    },
-                    &freed,
-                )
-                .await
-        });
-        tasks.spawn(hear_packets(queues, connections, flows));
-        opened.send_replace(true);
-        // None of them ends but by an error.
-        match tasks.join_next().await {
-            Some(Ok(result)) => result,
-            Some(Err(error)) => Err(io::Error::other(error)),
-            None => Ok(()),
-        }
-    })
+    let Egress { link, forwards, descriptors, .. } = egress;
+    let queues = Arc::new(Queues::watch(queues)?);
+    let connections = Connections::new(link.clone(), queues.clone(), descriptors.clone());
+    let flows = Flows::new(link.clone(), queues.clone())?;
+    let mut tasks = tokio::task::JoinSet::new();
+    for listener in [Some(tcp_v4), tcp_v6.map(|(socket, _)| socket)].into_iter().flatten() {
+        tasks.spawn(connections.clone().accept(TcpListener::from_std(listener.into())?));
+    }
+    for socket in [Some(udp_v4), udp_v6.map(|(socket, _)| socket)].into_iter().flatten() {
+        tasks.spawn(flows.clone().listen(sys::watch(socket)?));
+    }
+    let (link, forwards, descriptors) = (link.clone(), forwards.clone(), descriptors.clone());
+    tasks.spawn(async move {
+        incoming
+            .serve(
+                |id, stream| match forwards.get().filter(|_| ARRIVALS.contains(&id)) {
+                    Some(forwards) => forwards.stream_arrived(id, stream),
+                    None => link.stream_arrived(id, stream),
+                },
+                &descriptors,
+            )
+            .await
+    });
+    tasks.spawn(hear_packets(queues, connections, flows));
+    opened.send_replace(true);
+    // None of them ends but by an error.
+    match tasks.join_next().await {
+        Some(Ok(result)) => result,
+        Some(Err(error)) => Err(io::Error::other(error)),
+        None => Ok(()),
+    }
 }
 
 /// Hears of the packets that wait, for ever.

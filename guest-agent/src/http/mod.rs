@@ -32,7 +32,7 @@ pub(crate) async fn serve_unix(agent: Arc<Agent>, listener: UnixListener) -> io:
     loop {
         match listener.accept().await {
             Ok((stream, _)) => drop(tokio::spawn(serve(agent.clone(), stream))),
-            Err(error) => survive(error, &agent).await?,
+            Err(error) => agent.descriptors().survive(error).await?,
         }
     }
 }
@@ -46,22 +46,8 @@ pub(crate) async fn serve_vsock(agent: Arc<Agent>, listener: VsockListener) -> i
             }
             // A container can open vsock sockets, too; the API is for the host alone.
             Ok((_, peer)) => tracing::warn!("refused a connection from CID {}", peer.cid()),
-            Err(error) => survive(error, &agent).await?,
+            Err(error) => agent.descriptors().survive(error).await?,
         }
-    }
-}
-
-/// A connection that failed before it was accepted is the client's loss, and one for which there is no descriptor waits until
-/// another one ends; anything else ends the server.
-async fn survive(error: io::Error, agent: &Agent) -> io::Result<()> {
-    match error.raw_os_error() {
-        Some(libc::ECONNABORTED | libc::EINTR | libc::ECONNRESET) => Ok(()),
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-            tracing::warn!("a connection waits: {error}");
-            agent.descriptors_freed().notified().await;
-            Ok(())
-        }
-        _ => Err(error),
     }
 }
 
@@ -79,7 +65,7 @@ async fn serve(agent: Arc<Agent>, stream: impl AsyncRead + AsyncWrite + Send + U
     if let Err(error) = connection.await {
         tracing::debug!("a connection failed: {error}");
     }
-    agent.descriptors_freed().notify_one();
+    agent.descriptors().were_freed();
     if shutdown.load(Ordering::Relaxed) {
         agent.request_shutdown();
     }

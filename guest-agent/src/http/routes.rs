@@ -253,7 +253,7 @@ fn switch<F: Future<Output = ()> + Send + 'static>(
             Ok(upgraded) => handle(hyper_util::rt::TokioIo::new(upgraded)).await,
             Err(error) => tracing::debug!("an upgrade failed: {error}"),
         }
-        agent.descriptors_freed().notify_one();
+        agent.descriptors().were_freed();
     });
     let mut response = nothing(StatusCode::SWITCHING_PROTOCOLS);
     let headers = response.headers_mut();

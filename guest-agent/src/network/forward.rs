@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use coracle_agent_api::ports::Arrival;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
-use tokio::net::TcpSocket;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::runtime::Handle;
 use tokio::time::timeout;
 
 use super::names::directory::Directory;
@@ -35,6 +36,8 @@ enum Half {
 #[derive(Debug)]
 pub(crate) struct Forwards {
     directory: Arc<Directory>,
+    /// On which bytes are moved.
+    runtime: Handle,
     waiting: Mutex<Waiting>,
 }
 
@@ -46,8 +49,8 @@ struct Waiting {
 
 impl Forwards {
     /// None yet.
-    pub(crate) fn new(directory: Arc<Directory>) -> Arc<Self> {
-        Arc::new(Self { directory, waiting: Mutex::default() })
+    pub(crate) fn new(directory: Arc<Directory>, runtime: Handle) -> Arc<Self> {
+        Arc::new(Self { directory, runtime, waiting: Mutex::default() })
     }
 
     /// A stream has come.
@@ -89,7 +92,7 @@ impl Forwards {
 
     fn begin(self: &Arc<Self>, arrival: Arrival, stream: OwnedFd) {
         let forwards = self.clone();
-        tokio::spawn(async move {
+        self.runtime.spawn(async move {
             match forwards.connect(&arrival).await {
                 Ok(container) => relay::relay(container, stream).await,
                 Err(error) => {
@@ -112,13 +115,15 @@ impl Forwards {
         // A client on the host itself, or one that would seem to be on the container's own network, is the gateway for it.
         let is_far = !is_near && !client.ip().is_loopback() && !client.ip().is_unspecified();
         let from = Some(client).filter(|client| is_far && client.is_ipv4() == target.is_ipv4());
-        let connected = match socket(target.ip(), from) {
-            // The address is taken by another connection of this client's: better another one than none.
-            Err(error) if from.is_some() => {
-                tracing::debug!("a client's address cannot be had: {error}");
-                socket(target.ip(), None)?.connect(target)
+        let connected = async {
+            match connect(target, from).await {
+                // Another connection of this client's, which may be over, has it: better another one than none.
+                Err(error) if from.is_some() && is_taken(&error) => {
+                    tracing::debug!("a client's address cannot be had: {error}");
+                    connect(target, None).await
+                }
+                connected => connected,
             }
-            socket => socket?.connect(target),
         };
         let stream =
             timeout(PATIENCE, connected).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
@@ -126,7 +131,17 @@ impl Forwards {
     }
 }
 
-fn socket(target: IpAddr, from: Option<SocketAddr>) -> io::Result<TcpSocket> {
+/// Whether an address is what a connection failed for: the kernel finds that out when it is bound, or when it is connected.
+fn is_taken(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EADDRINUSE | libc::EADDRNOTAVAIL))
+}
+
+async fn connect(target: SocketAddr, from: Option<SocketAddr>) -> io::Result<TcpStream> {
+    TcpSocket::from_std_stream(unconnected(target.ip(), from)?.into()).connect(target).await
+}
+
+/// A TCP socket of the calling thread's namespace; its address need not be this machine's.
+pub(super) fn unconnected(target: IpAddr, from: Option<SocketAddr>) -> io::Result<OwnedFd> {
     let family = if target.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
@@ -136,5 +151,5 @@ fn socket(target: IpAddr, from: Option<SocketAddr>) -> io::Result<TcpSocket> {
         sockopt::set_socket_reuseaddr(&socket, true)?;
         rustix::net::bind(&socket, &from)?;
     }
-    Ok(TcpSocket::from_std_stream(std::net::TcpStream::from(socket)))
+    Ok(socket)
 }

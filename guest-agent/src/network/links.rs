@@ -29,6 +29,9 @@ const FRA_FWMASK: u16 = 16;
 const FR_ACT_TO_TBL: u8 = 1;
 const UP: u32 = libc::IFF_UP as u32;
 
+/// What a bridge has that is not told (`ETH_DATA_LEN`).
+const ETHERNET_MTU: u16 = 1500;
+
 /// The loopback interface's number in every namespace.
 pub(crate) const LOOPBACK: u32 = 1;
 
@@ -99,6 +102,18 @@ pub(crate) fn add_bridge(
         .request(with_mtu(message, mtu).nest(IFLA_LINKINFO, |info| info.with_text(IFLA_INFO_KIND, "bridge")))
 }
 
+/// Changes what a bridge is like.
+pub(crate) fn change_bridge(
+    socket: &mut Socket,
+    index: Index,
+    group: u32,
+    mtu: Option<u16>,
+) -> io::Result<()> {
+    let message = Message::new(libc::RTM_NEWLINK, 0, &link_header(index, 0));
+    let mtu = mtu.unwrap_or(ETHERNET_MTU);
+    socket.request(with_mtu(message.with(IFLA_GROUP, group.to_ne_bytes()), Some(mtu)))
+}
+
 /// Makes a pair of interfaces: one on a bridge, up; the other, down yet, in a container's namespace.
 pub(crate) fn add_veth(socket: &mut Socket, veth: &Veth<'_>) -> io::Result<()> {
     let message = Message::new(libc::RTM_NEWLINK, CREATE | EXCLUSIVE, &link_header(0, UP))
@@ -161,12 +176,15 @@ pub(crate) fn add_address(socket: &mut Socket, index: Index, address: IpNet) -> 
     })
 }
 
-/// Takes an address away.
+/// Takes an address away, if it is there.
 pub(crate) fn remove_address(socket: &mut Socket, index: Index, address: IpNet) -> io::Result<()> {
     let ip = address.addr();
     let mut header = [family(&ip), address.prefix_len(), 0, 0, 0, 0, 0, 0];
     header[4..].copy_from_slice(&index.to_ne_bytes());
-    socket.request(Message::new(libc::RTM_DELADDR, 0, &header).with(libc::IFA_LOCAL, octets(&ip)))
+    match socket.request(Message::new(libc::RTM_DELADDR, 0, &header).with(libc::IFA_LOCAL, octets(&ip))) {
+        Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(()),
+        other => other,
+    }
 }
 
 /// Sends what has no other way through a gateway.

@@ -6,7 +6,7 @@
 //! A container that fills the ring before it is read can hide what listens, its own or another's, until it listens again; the
 //! ring has room for some thousands of events.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,14 +15,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use coracle_agent_api::ProcessId;
 use coracle_agent_api::ports::{ContainerPort, Listening};
 use tokio::io::unix::AsyncFd;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 
+use crate::bpf::assembler::{
+    ADD, ALWAYS, Assembler, CALL, EQUAL, EXIT, Instruction, LOAD, LOAD_MAP, Label, MOVE, NOT_EQUAL, SET,
+    STORE, STORE_DOUBLE,
+};
 use crate::bpf::{self, Purpose, Ring};
 use crate::sys;
 
 const RING: u32 = 256 * 1024;
-/// Sockets that are remembered; whoever has more does not need them to be reached.
-const MAX_SOCKETS: usize = 65_536;
+/// Sockets of one namespace that are remembered, all of them on published ports; whoever has more does not need them to be reached.
+const MAX_SOCKETS: usize = 8192;
 const RECORD: usize = 48;
 const LISTEN: u32 = 11;
 const STATE: u32 = 10;
@@ -41,21 +46,22 @@ pub(crate) struct Listeners {
 struct State {
     /// Without events, every published port counts as listened on.
     blind: bool,
-    /// Listening sockets by their cookies.
-    sockets: HashMap<u64, Socket>,
     /// What is published of the containers, by their network namespaces.
-    published: HashMap<u64, (ProcessId, Vec<u16>)>,
+    published: HashMap<u64, Published>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Socket {
-    namespace: u64,
-    port: u16,
+#[derive(Debug)]
+struct Published {
+    container: ProcessId,
+    ports: BTreeSet<u16>,
+    /// The ports of sockets that listen on one of these, by the sockets' cookies.
+    sockets: HashMap<u64, u16>,
 }
 
 impl Listeners {
-    /// Begins to watch the sockets of a cgroup. Where the kernel does not tell, the log says so.
-    pub(crate) fn start(cgroup: BorrowedFd<'_>) -> Arc<Self> {
+    /// Begins to watch the sockets of a cgroup, on threads of a runtime. Where the kernel does not tell, the log says so.
+    pub(crate) fn start(cgroup: BorrowedFd<'_>, runtime: &Handle) -> Arc<Self> {
+        let _entered = runtime.enter();
         let listeners = Arc::new(Self { state: Mutex::default(), changes: watch::Sender::new(0) });
         let watched = attach(cgroup).and_then(|ring| {
             let events = sys::watch(ring.as_fd().try_clone_to_owned()?)?;
@@ -81,26 +87,30 @@ impl Listeners {
         loop {
             let Ok(mut ready) = events.readable().await else { return };
             ready.clear_ready();
-            let mut changed = false;
-            ring.read(|record| changed |= self.lock().take(record));
-            if changed {
-                self.changes.send_modify(|count| *count += 1);
+            loop {
+                let mut changed = false;
+                let more = ring.read(|record| changed |= self.lock().take(record));
+                if changed {
+                    self.changes.send_modify(|count| *count += 1);
+                }
+                if !more {
+                    break;
+                }
+                tokio::task::yield_now().await;
             }
         }
     }
 
     /// Ports of a container are published.
     pub(crate) fn publish(&self, namespace: u64, container: &ProcessId, ports: &[u16]) {
-        self.lock().published.insert(namespace, (container.clone(), ports.to_vec()));
+        let (container, ports) = (container.clone(), ports.iter().copied().collect());
+        self.lock().published.insert(namespace, Published { container, ports, sockets: HashMap::new() });
         self.changes.send_modify(|count| *count += 1);
     }
 
     /// A container has ended.
     pub(crate) fn forget(&self, namespace: u64) {
-        let mut state = self.lock();
-        state.sockets.retain(|_, socket| socket.namespace != namespace);
-        if state.published.remove(&namespace).is_some() {
-            drop(state);
+        if self.lock().published.remove(&namespace).is_some() {
             self.changes.send_modify(|count| *count += 1);
         }
     }
@@ -113,13 +123,14 @@ impl Listeners {
     /// What there is to be told.
     pub(crate) fn listening(&self) -> Listening {
         let state = self.lock();
-        let sockets: HashSet<(u64, u16)> =
-            state.sockets.values().map(|socket| (socket.namespace, socket.port)).collect();
         let mut ports = Vec::new();
-        for (namespace, (container, published)) in &state.published {
-            let listened = |port: &&u16| state.blind || sockets.contains(&(*namespace, **port));
-            let port = |port: &u16| ContainerPort { container: container.clone(), port: *port };
-            ports.extend(published.iter().filter(listened).map(port));
+        for Published { container, ports: published, sockets } in state.published.values() {
+            let listened: BTreeSet<u16> = match state.blind {
+                true => published.clone(),
+                false => sockets.values().copied().collect(),
+            };
+            let port = |port: u16| ContainerPort { container: container.clone(), port };
+            ports.extend(listened.into_iter().map(port));
         }
         Listening { ports }
     }
@@ -129,27 +140,26 @@ impl State {
     /// Takes a record of the program's; whether something is different now that is published.
     fn take(&mut self, record: &[u8]) -> bool {
         let Some(event) = Event::read(record) else { return false };
-        let Event { listens, socket, cookie, address } = event;
+        let Event { listens, namespace, port, cookie, address } = event;
+        // Nothing runs in a namespace before it is known here.
+        let Some(published) = self.published.get_mut(&namespace) else { return false };
         if !listens {
-            return self.sockets.remove(&cookie).is_some_and(|socket| self.is_published(socket));
+            return published.sockets.remove(&cookie).is_some();
         }
         // What listens on loopback only cannot be reached from outside.
-        if address.is_loopback() || self.sockets.len() >= MAX_SOCKETS {
-            return false;
+        let counts = published.ports.contains(&port) && !address.is_loopback();
+        if counts && published.sockets.len() < MAX_SOCKETS {
+            published.sockets.insert(cookie, port);
         }
-        self.sockets.insert(cookie, socket);
-        self.is_published(socket)
-    }
-
-    fn is_published(&self, socket: Socket) -> bool {
-        self.published.get(&socket.namespace).is_some_and(|(_, ports)| ports.contains(&socket.port))
+        counts
     }
 }
 
 /// A socket begins to listen, or stops.
 struct Event {
     listens: bool,
-    socket: Socket,
+    namespace: u64,
+    port: u16,
     cookie: u64,
     address: IpAddr,
 }
@@ -163,8 +173,8 @@ impl Event {
             FAMILY_V4 => Ipv4Addr::from(*record[12..16].first_chunk::<4>()?).into(),
             _ => Ipv6Addr::from(*record[16..32].first_chunk::<16>()?).to_canonical(),
         };
-        let socket = Socket { namespace: double(32)?, port: u16::try_from(word(8)?).ok()? };
-        Some(Self { listens: word(0)? == LISTEN, socket, cookie: double(40)?, address })
+        let (namespace, port) = (double(32)?, u16::try_from(word(8)?).ok()?);
+        Some(Self { listens: word(0)? == LISTEN, namespace, port, cookie: double(40)?, address })
     }
 }
 
@@ -175,58 +185,13 @@ fn attach(cgroup: BorrowedFd<'_>) -> io::Result<Ring> {
     Ok(ring)
 }
 
-/// Assembles eBPF: instructions, and jumps whose targets come later.
-#[derive(Default)]
-struct Assembler {
-    instructions: Vec<u64>,
-    jumps: Vec<(usize, &'static str)>,
-    labels: HashMap<&'static str, usize>,
-}
-
-impl Assembler {
-    fn emit(&mut self, code: u8, destination: u8, source: u8, offset: i16, value: i32) -> &mut Self {
-        let registers = u64::from(source << 4 | destination);
-        let word =
-            u64::from(value as u32) << 32 | u64::from(offset as u16) << 16 | registers << 8 | u64::from(code);
-        self.instructions.push(word);
-        self
-    }
-
-    fn jump(&mut self, code: u8, register: u8, value: i32, to: &'static str) -> &mut Self {
-        self.jumps.push((self.instructions.len(), to));
-        self.emit(code, register, 0, 0, value)
-    }
-
-    fn label(&mut self, name: &'static str) -> &mut Self {
-        self.labels.insert(name, self.instructions.len());
-        self
-    }
-
-    fn finish(mut self) -> Option<Vec<u64>> {
-        for (at, to) in self.jumps {
-            let offset = i16::try_from(self.labels.get(to)?.checked_sub(at + 1)?).ok()?;
-            self.instructions[at] |= u64::from(offset as u16) << 16;
-        }
-        Some(self.instructions)
-    }
-}
-
 /// The program. It writes: operation, family, port, IPv4 address (4 bytes each), IPv6 address (16), then the cookies of the network
 /// namespace and of the socket (8 each).
-fn program(ring: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
+fn program(ring: BorrowedFd<'_>) -> io::Result<Vec<Instruction>> {
     use std::os::fd::AsRawFd;
-    const LOAD: u8 = 0x61;
-    const STORE: u8 = 0x63;
-    const STORE_DOUBLE: u8 = 0x7b;
-    const MOVE: u8 = 0xbf;
-    const SET: u8 = 0xb7;
-    const ADD: u8 = 0x07;
-    const CALL: u8 = 0x85;
-    const EQUAL: u8 = 0x15;
-    const NOT_EQUAL: u8 = 0x55;
-    const ALWAYS: u8 = 0x05;
-    const EXIT: u8 = 0x95;
-    const LOAD_MAP: u8 = 0x18;
+    const LISTENS: Label = 0;
+    const WRITE: Label = 1;
+    const END: Label = 2;
     // Helpers, and the flag that asks for changes of state.
     const SOCKET_COOKIE: i32 = 46;
     const SET_FLAGS: i32 = 59;
@@ -244,16 +209,16 @@ fn program(ring: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
     let mut code = Assembler::default();
     code.emit(MOVE, 6, 1, 0, 0)
         .emit(LOAD, 7, 6, OPERATION, 0)
-        .jump(EQUAL, 7, LISTEN as i32, "listens")
-        .jump(NOT_EQUAL, 7, STATE as i32, "end")
+        .jump(EQUAL, 7, LISTEN as i32, LISTENS)
+        .jump(NOT_EQUAL, 7, STATE as i32, END)
         .emit(LOAD, 8, 6, OLD_STATE, 0)
-        .jump(NOT_EQUAL, 8, STATE_LISTEN as i32, "end")
-        .jump(ALWAYS, 0, 0, "write")
-        .label("listens")
+        .jump(NOT_EQUAL, 8, STATE_LISTEN as i32, END)
+        .jump(ALWAYS, 0, 0, WRITE)
+        .label(LISTENS)
         .emit(MOVE, 1, 6, 0, 0)
         .emit(SET, 2, 0, 0, STATE_FLAG)
         .emit(CALL, 0, 0, 0, SET_FLAGS)
-        .label("write")
+        .label(WRITE)
         .emit(STORE, 10, 7, FRAME, 0);
     let words = [(FAMILY, 4), (LOCAL_PORT, 8), (LOCAL_V4, 12)];
     for (from, to) in words.into_iter().chain((0..4).map(|word| (LOCAL_V6 + 4 * word, 16 + 4 * word))) {
@@ -269,7 +234,7 @@ fn program(ring: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
         .emit(SET, 3, 0, 0, RECORD as i32)
         .emit(SET, 4, 0, 0, 0)
         .emit(CALL, 0, 0, 0, RING_OUTPUT)
-        .label("end")
+        .label(END)
         .emit(SET, 0, 0, 0, 1)
         .emit(EXIT, 0, 0, 0, 0);
     code.finish().ok_or_else(|| io::ErrorKind::InvalidData.into())
@@ -305,5 +270,20 @@ mod tests {
         take(record(LISTEN, 80, [0; 4], 5, 6));
         listeners.forget(5);
         assert!(ports().is_empty());
+    }
+
+    #[test]
+    fn what_one_container_listens_on_takes_no_room_from_another() {
+        let listeners = Listeners { state: Mutex::default(), changes: watch::Sender::new(0) };
+        let id = |letter: &str| letter.repeat(64).parse::<ProcessId>().unwrap();
+        listeners.publish(5, &id("a"), &[80]);
+        listeners.publish(6, &id("b"), &[80]);
+        for cookie in 0..2 * MAX_SOCKETS as u64 {
+            listeners.lock().take(&record(LISTEN, 81, [0; 4], 5, cookie));
+            listeners.lock().take(&record(LISTEN, 80, [0; 4], 5, cookie));
+        }
+        assert_eq!(listeners.lock().published[&5].sockets.len(), MAX_SOCKETS);
+        assert!(listeners.lock().take(&record(LISTEN, 80, [0; 4], 6, u64::MAX)));
+        assert_eq!(listeners.listening().ports.len(), 2);
     }
 }

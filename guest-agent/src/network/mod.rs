@@ -61,6 +61,17 @@ struct Made {
     ports: usize,
 }
 
+impl Made {
+    /// Whether a network must be made anew to be like this: what says how containers are tied to it differs.
+    fn is_another(&self, spec: &Bridge) -> bool {
+        self.spec.interface != spec.interface || self.spec.isolated != spec.isolated
+    }
+}
+
+fn group_of(spec: &Bridge) -> u32 {
+    if spec.internal { INTERNAL_GROUP } else { GROUP }
+}
+
 /// A container's interfaces outside of it; they go when this is given back.
 #[derive(Debug)]
 pub(crate) struct Ports {
@@ -113,7 +124,7 @@ impl Networks {
     ) -> Result<()> {
         for endpoint in endpoints {
             let step = || format!("connect the container to network {}", endpoint.bridge.network.short());
-            let port = self.lock().plug(namespace, endpoint).at(step())?;
+            let port = self.lock().plug(namespace, endpoint)?;
             ports.ports.push(port);
             namespace.run(|| configure(endpoint)).at(step())?;
             self.directory.add(&ports.container, endpoint);
@@ -159,14 +170,10 @@ impl Networks {
     /// Removes a network's bridge, if there is one. Blocks.
     pub(crate) fn remove(&self, network: &NetworkId) -> Result<()> {
         let mut inner = self.lock();
-        let Some(made) = inner.bridges.get(network) else { return Ok(()) };
-        if made.ports > 0 {
+        if inner.bridges.get(network).is_some_and(|made| made.ports > 0) {
             return Err(conflict(format!("network {} has containers on it", network.short())));
         }
-        let name = made.spec.interface.clone();
-        links::delete(&mut inner.socket, &name).at_kind(ErrorKind::Internal, "remove the bridge")?;
-        inner.bridges.remove(network);
-        Ok(())
+        inner.remove_bridge(network).at_kind(ErrorKind::Internal, "remove the bridge")
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -175,37 +182,94 @@ impl Networks {
 }
 
 impl Inner {
-    /// Makes the bridge of a network what it shall be.
-    fn bridge(&mut self, spec: &Bridge) -> io::Result<Index> {
-        let made = match self.bridges.get(&spec.network) {
+    /// Makes the bridge of a network what it shall be. What fails on the way is done again the next time.
+    fn bridge(&mut self, spec: &Bridge) -> Result<Index> {
+        let step = || format!("make the bridge of network {}", spec.network.short());
+        match self.bridges.get(&spec.network) {
             Some(made) if made.spec == *spec => return Ok(made.index),
-            Some(made) => {
-                for old in made.spec.addresses.iter().filter(|old| !spec.addresses.contains(old)) {
-                    links::remove_address(&mut self.socket, made.index, *old)?;
-                }
-                Made { index: made.index, spec: spec.clone(), ports: made.ports }
+            // What was its name may be another network's.
+            Some(made) if made.is_another(spec) && made.ports == 0 => {
+                self.remove_bridge(&spec.network).at(step())?
             }
-            None => self.add_bridge(spec)?,
-        };
-        let index = made.index;
-        for address in &spec.addresses {
-            links::add_address(&mut self.socket, index, *address)?;
+            Some(made) if made.is_another(spec) => {
+                return Err(conflict(format!(
+                    "network {} has containers on it and cannot become another one",
+                    spec.network.short()
+                )));
+            }
+            _ => {}
         }
-        self.bridges.insert(spec.network.clone(), made);
+        let index = match self.bridges.get(&spec.network) {
+            Some(made) => made.index,
+            None => self.add_bridge(spec).at(step())?,
+        };
+        if let Err(error) = self.configure_bridge(spec, index).at(step()) {
+            if self.bridges.get(&spec.network).is_some_and(|made| made.ports == 0) {
+                // Its spec does not say what it is like.
+                let _ = self.remove_bridge(&spec.network);
+            }
+            return Err(error);
+        }
+        if let Some(made) = self.bridges.get_mut(&spec.network) {
+            made.spec = spec.clone();
+        }
         Ok(index)
     }
 
-    fn add_bridge(&mut self, spec: &Bridge) -> io::Result<Made> {
-        let group = if spec.internal { INTERNAL_GROUP } else { GROUP };
-        links::add_bridge(&mut self.socket, &spec.interface, mac_of(&spec.network), group, spec.mtu)?;
-        // Routers' advertisements come from containers here, which are not to be believed.
-        let _ = set(&format!("net/ipv6/conf/{}/accept_ra", spec.interface), "0");
-        let index = links::index_of(&mut self.socket, &spec.interface)?.ok_or(io::ErrorKind::NotFound)?;
-        Ok(Made { index, spec: spec.clone(), ports: 0 })
+    /// Makes a bridge with nothing on it.
+    fn add_bridge(&mut self, spec: &Bridge) -> io::Result<Index> {
+        links::add_bridge(
+            &mut self.socket,
+            &spec.interface,
+            mac_of(&spec.network),
+            group_of(spec),
+            spec.mtu,
+        )?;
+        let index = links::index_of(&mut self.socket, &spec.interface)
+            .and_then(|index| index.ok_or_else(|| io::ErrorKind::NotFound.into()));
+        match index {
+            Ok(index) => {
+                let spec = Bridge { addresses: Vec::new(), ..spec.clone() };
+                self.bridges.insert(spec.network.clone(), Made { index, spec, ports: 0 });
+                Ok(index)
+            }
+            Err(error) => {
+                let _ = links::delete(&mut self.socket, &spec.interface);
+                Err(error)
+            }
+        }
     }
 
-    fn plug(&mut self, namespace: &Namespace, endpoint: &Endpoint) -> io::Result<Port> {
+    fn configure_bridge(&mut self, spec: &Bridge, index: Index) -> io::Result<()> {
+        let old = match self.bridges.get(&spec.network) {
+            Some(made) => made.spec.clone(),
+            None => return Ok(()),
+        };
+        // Routers' advertisements come from containers here, which are not to be believed. Without IPv6 there is no such parameter.
+        let _ = set(&format!("net/ipv6/conf/{}/accept_ra", spec.interface), "0");
+        if (group_of(&old), old.mtu) != (group_of(spec), spec.mtu) {
+            links::change_bridge(&mut self.socket, index, group_of(spec), spec.mtu)?;
+        }
+        for gone in old.addresses.iter().filter(|old| !spec.addresses.contains(old)) {
+            links::remove_address(&mut self.socket, index, *gone)?;
+        }
+        spec.addresses.iter().try_for_each(|address| links::add_address(&mut self.socket, index, *address))
+    }
+
+    fn remove_bridge(&mut self, network: &NetworkId) -> io::Result<()> {
+        let Some(made) = self.bridges.get(network) else { return Ok(()) };
+        links::delete(&mut self.socket, &made.spec.interface)?;
+        self.bridges.remove(network);
+        Ok(())
+    }
+
+    fn plug(&mut self, namespace: &Namespace, endpoint: &Endpoint) -> Result<Port> {
         let bridge = self.bridge(&endpoint.bridge)?;
+        let step = || format!("connect the container to network {}", endpoint.bridge.network.short());
+        self.plug_into(bridge, namespace, endpoint).at(step())
+    }
+
+    fn plug_into(&mut self, bridge: Index, namespace: &Namespace, endpoint: &Endpoint) -> io::Result<Port> {
         self.next_port += 1;
         let name = format!("veth{:x}", self.next_port);
         let veth = links::Veth {
@@ -256,7 +320,11 @@ fn configure(endpoint: &Endpoint) -> io::Result<()> {
     for (parameter, value) in
         [("accept_ra", "0"), ("accept_dad", "0"), ("disable_ipv6", if ipv6 { "0" } else { "1" })]
     {
-        set(&format!("net/ipv6/conf/{}/{parameter}", name), value)?;
+        match set(&format!("net/ipv6/conf/{}/{parameter}", name), value) {
+            // Packets this short are too short for IPv6, which the kernel then leaves out.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !ipv6 => {}
+            other => other?,
+        }
     }
     for address in &endpoint.addresses {
         links::add_address(&mut socket, index, *address)?;

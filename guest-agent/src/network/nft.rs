@@ -176,6 +176,28 @@ impl Rule {
         self.expression("socket", |data| data.with(1, be(0)).with(2, be(REGISTER_1))).compare(&[1])
     }
 
+    /// The socket that it comes from was made by a process of this cgroup, or of one below it: `level` is how far the group is below
+    /// the root of the hierarchy.
+    pub(crate) fn comes_from_group(self, id: u64, level: u32) -> Self {
+        const GROUP: u32 = 3;
+        self.expression("socket", |data| data.with(1, be(GROUP)).with(2, be(REGISTER_1)).with(3, be(level)))
+            .compare(&id.to_ne_bytes())
+    }
+
+    /// Changes a port of the packet: two bytes of UDP's header, with the checksum in it.
+    pub(crate) fn set_udp_port(self, offset: u32, port: u16) -> Self {
+        const INTERNET_CHECKSUM: u32 = 1;
+        const CHECKSUM_AT: u32 = 6;
+        self.immediate(REGISTER_1, &port.to_be_bytes()).expression("payload", |data| {
+            data.with(2, be(Header::Transport as u32))
+                .with(3, be(offset))
+                .with(4, be(2))
+                .with(5, be(REGISTER_1))
+                .with(6, be(INTERNET_CHECKSUM))
+                .with(7, be(CHECKSUM_AT))
+        })
+    }
+
     /// Marks the packet.
     pub(crate) fn set_mark(self, mark: u32) -> Self {
         let mark_key = Meta::Mark as u32;
@@ -277,23 +299,29 @@ fn be(number: u32) -> [u8; 4] {
 #[derive(Debug)]
 pub(crate) struct Batch {
     family: Family,
-    table: &'static str,
+    table: String,
     messages: Vec<Message>,
 }
 
 impl Batch {
     /// Begins with a table that is empty, whatever it was before.
-    pub(crate) fn new_table(family: Family, table: &'static str) -> Self {
-        let named = |kind, flags| Message::new(kind, flags, &header(family)).with_text(TABLE_NAME, table);
+    pub(crate) fn new_table(family: Family, table: &str) -> Self {
+        let mut batch = Self::without_table(family, table);
+        batch.messages.push(named(NEW_TABLE, CREATE, family, table));
+        batch
+    }
+
+    /// Takes a table away, whether it is there or not.
+    pub(crate) fn without_table(family: Family, table: &str) -> Self {
         // Made first, because one that is not there cannot be deleted.
-        let messages = vec![named(NEW_TABLE, CREATE), named(DELETE_TABLE, 0), named(NEW_TABLE, CREATE)];
-        Self { family, table, messages }
+        let messages = vec![named(NEW_TABLE, CREATE, family, table), named(DELETE_TABLE, 0, family, table)];
+        Self { family, table: table.to_owned(), messages }
     }
 
     /// Adds a chain that packets come by. `kind` is `filter`, `nat` or `route`; lower priorities come first.
     pub(crate) fn chain(mut self, name: &str, kind: &str, hook: Hook, priority: i32) -> Self {
         let message = Message::new(NEW_CHAIN, CREATE, &header(self.family))
-            .with_text(CHAIN_TABLE, self.table)
+            .with_text(CHAIN_TABLE, &self.table)
             .with_text(CHAIN_NAME, name)
             .nest(CHAIN_HOOK, |list| {
                 list.with(HOOK_NUMBER, be(hook as u32)).with(HOOK_PRIORITY, priority.to_be_bytes())
@@ -306,7 +334,7 @@ impl Batch {
     /// Adds a rule at the end of a chain.
     pub(crate) fn rule(mut self, chain: &str, rule: Rule) -> Self {
         let message = Message::new(NEW_RULE, CREATE | APPEND, &header(self.family))
-            .with_text(RULE_TABLE, self.table)
+            .with_text(RULE_TABLE, &self.table)
             .with_text(RULE_CHAIN, chain)
             .nest(RULE_EXPRESSIONS, |list| list.raw(rule.0.as_bytes()));
         self.messages.push(message);
@@ -320,6 +348,10 @@ impl Batch {
         let edge = |kind| Message::new(kind, 0, &[0, 0, 0, libc::NFNL_SUBSYS_NFTABLES as u8]);
         socket.transaction(edge(BEGIN), self.messages, edge(END))
     }
+}
+
+fn named(kind: u16, flags: u16, family: Family, table: &str) -> Message {
+    Message::new(kind, flags, &header(family)).with_text(TABLE_NAME, table)
 }
 
 /// `struct nfgenmsg`.

@@ -134,6 +134,14 @@ impl TestAgent {
         self.dir.path().join("data")
     }
 
+    /// The group of all containers, as the agent sees it.
+    pub fn cgroup(&self) -> PathBuf {
+        let data = self.data().canonicalize().unwrap();
+        let below_root = data.strip_prefix("/").unwrap();
+        let seen = PathBuf::from(format!("/proc/{}/root", self.pid())).join(below_root);
+        seen.join("run/cgroup").join(format!("coracle-{}", self.pid()))
+    }
+
     async fn connect(&self) -> hyper::client::conn::http1::SendRequest<Full<Bytes>> {
         let stream = UnixStream::connect(self.dir.path().join("api")).await.unwrap();
         let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
@@ -205,7 +213,8 @@ impl TestAgent {
         Ok(output)
     }
 
-    async fn upgrade(&self, path: &str, protocol: &str) -> Upgraded {
+    /// A connection that speaks another protocol from now on.
+    pub async fn upgrade(&self, path: &str, protocol: &str) -> Upgraded {
         let request = Request::builder()
             .uri(path)
             .header(header::HOST, "agent")

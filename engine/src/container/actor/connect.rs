@@ -30,6 +30,8 @@ impl Actor {
                     // It may be connected all the same. Its address must not be another one's before it is not.
                     let undone = self.host().agent().disconnect(&self.record.id, &network.id).await;
                     if undone.is_err_and(|error| error.refusal() != Some(ErrorKind::Conflict)) {
+                        // Its end will be told, so its beginning is.
+                        self.core.events.network("connect", &network, Some(&self.record.id));
                         return Err(error.into());
                     }
                     Err(error.into())
@@ -80,7 +82,10 @@ impl Actor {
                 self.core.networks.find(&attached.network).ok().filter(|network| network.is_user_defined());
             let Some(network) = network else { continue };
             let names = names_of(&self.record, &attached.wanted);
-            if let Err(error) = self.host().agent().rename_on(&self.record.id, &network.id, &names).await {
+            if let Err(error) = self.host().agent().rename_on(&self.record.id, &network.id, &names).await
+                // One that has ended is on no network; that is told soon.
+                && error.refusal() != Some(ErrorKind::Conflict)
+            {
                 tracing::warn!(error = chain(&error), "a container's new name is not known on a network");
             }
         }

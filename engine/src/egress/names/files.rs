@@ -37,6 +37,13 @@ pub(super) struct Servers {
     pub(super) attempts: u32,
 }
 
+impl HostFiles {
+    /// What the host's resolver is told.
+    pub(crate) async fn read_resolv_conf(&self) -> String {
+        read(&self.resolv_conf).await
+    }
+}
+
 /// Reads a file; one that cannot be read is empty, as for the host's resolver.
 pub(super) async fn read(path: &Path) -> String {
     let read = async {

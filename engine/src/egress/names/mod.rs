@@ -40,7 +40,7 @@ pub(super) async fn resolve(files: &HostFiles, transport: Transport, question: &
             return Some(message::answer(question, &asked, &seen));
         }
     }
-    let servers = files::servers(&files::read(&files.resolv_conf).await);
+    let servers = files::servers(&files.read_resolv_conf().await);
     tokio::time::timeout(MOST_TIME, ask_all(&servers, transport, question)).await.ok().flatten()
 }
 

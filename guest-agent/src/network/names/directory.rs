@@ -66,12 +66,16 @@ impl Directory {
         }
     }
 
-    /// A container has other names on a network from now on.
-    pub(crate) fn rename(&self, container: &ProcessId, network: &NetworkId, names: &[String]) {
+    /// A container has other names on a network from now on; `false` if it is not on that.
+    pub(crate) fn rename(&self, container: &ProcessId, network: &NetworkId, names: &[String]) -> bool {
         let mut places = self.write();
-        for place in places.get_mut(container).into_iter().flatten().filter(|place| place.network == *network)
-        {
-            place.names = lower(names);
+        let mut own = places.get_mut(container).into_iter().flatten();
+        match own.find(|place| place.network == *network) {
+            Some(place) => {
+                place.names = lower(names);
+                true
+            }
+            None => false,
         }
     }
 
@@ -187,7 +191,8 @@ mod tests {
         let address = "10.0.1.2".parse().unwrap();
         assert_eq!(directory.name(&id(1), &address).as_deref(), Some("db.net1"));
         assert_eq!(directory.name(&id(4), &address), None);
-        directory.rename(&id(2), &endpoint(1, 2, &[], &[]).bridge.network, &["new".to_owned()]);
+        assert!(directory.rename(&id(2), &endpoint(1, 2, &[], &[]).bridge.network, &["new".to_owned()]));
+        assert!(!directory.rename(&id(2), &endpoint(2, 2, &[], &[]).bridge.network, &["far".to_owned()]));
         assert_eq!((found(1, "new").as_deref(), found(1, "db")), (Some("10.0.1.2"), None));
         directory.remove(&id(2), &endpoint(1, 2, &[], &[]).bridge.network);
         assert_eq!(found(1, "new"), None);

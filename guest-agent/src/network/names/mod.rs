@@ -3,6 +3,10 @@
 //!
 //! Its sockets are on a port that was free, and two rules in the namespace lead port 53 there, so that a container can have a
 //! server of its own on port 53. Whoever may change the rules of its own namespace can be without names, and no more.
+//!
+//! Containers that have the guest's own network share a namespace, and each of them still has a server of its own, which asks in its
+//! name: by the cgroup that a socket was made in the rules tell whose question it is. Datagrams are led without connection tracking,
+//! which would remember for which server a port was before its next user.
 
 pub(crate) mod directory;
 pub(crate) mod message;
@@ -16,13 +20,17 @@ use std::time::Duration;
 use coracle_agent_api::ProcessId;
 use coracle_agent_api::egress::Transport;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use super::forward;
 use super::namespace::Namespace;
-use super::nft::{Batch, Family, Header, Hook, Meta, Rule};
+use super::nft::{Batch, Family, Header, Hook, Meta, Rule, Verdict};
+use crate::cgroup::Identity;
+use crate::incoming::Descriptors;
 use directory::Directory;
 use message::{Code, Question};
 
@@ -32,6 +40,7 @@ const PORT: u16 = 53;
 const TABLE: &str = "coracle-names";
 /// The kernel's place for changes of destinations (`NF_IP_PRI_NAT_DST`).
 const PRIORITY_NAT: i32 = -100;
+const PRIORITY_FILTER: i32 = 0;
 /// The longest message.
 const MAX_MESSAGE: usize = 65_535;
 /// Questions of one container that are under way at a time; further datagrams are dropped, as a full socket would.
@@ -64,52 +73,122 @@ struct Resolver {
     namespace: Arc<Namespace>,
     questions: Arc<Semaphore>,
     connections: Arc<Semaphore>,
+    descriptors: Arc<Descriptors>,
 }
 
-/// A running server, which ends when this is dropped.
+/// A running server, which ends when this is dropped. Dropping blocks for as long as the kernel works.
 #[derive(Debug)]
-pub(crate) struct Server(Vec<JoinHandle<()>>);
+pub(crate) struct Server {
+    tasks: Vec<JoinHandle<()>>,
+    _rules: Option<GuestRules>,
+}
 
 impl Drop for Server {
     fn drop(&mut self) {
-        for task in &self.0 {
+        for task in &self.tasks {
             task.abort();
+        }
+    }
+}
+
+/// A container's rules in the guest's namespace, which outlives the container: they go when this is dropped.
+#[derive(Debug)]
+struct GuestRules {
+    table: String,
+}
+
+impl Drop for GuestRules {
+    fn drop(&mut self) {
+        if let Err(error) = Batch::without_table(Family::Ipv4, &self.table).commit() {
+            tracing::warn!(table = self.table, "rules of a container's names cannot be removed: {error}");
         }
     }
 }
 
 /// The sockets of a server, made in a namespace.
 pub(crate) struct Sockets {
+    namespace: Arc<Namespace>,
     udp: StdUdpSocket,
     tcp: StdTcpListener,
+    rules: Option<GuestRules>,
 }
 
 impl Sockets {
-    /// Makes them, and leads port 53 to them. Blocks.
-    pub(crate) fn open(namespace: &Namespace) -> io::Result<Self> {
-        namespace.run(|| {
-            let udp = StdUdpSocket::bind((ADDRESS, 0))?;
-            let tcp = StdTcpListener::bind((ADDRESS, 0))?;
-            udp.set_nonblocking(true)?;
-            tcp.set_nonblocking(true)?;
+    /// Makes them in a container's namespace, and leads port 53 to them. Blocks.
+    pub(crate) fn open(namespace: Arc<Namespace>) -> io::Result<Self> {
+        namespace.clone().run(|| {
+            let (udp, tcp) = bound()?;
             rules(udp.local_addr()?.port(), tcp.local_addr()?.port()).commit()?;
-            Ok(Self { udp, tcp })
+            Ok(Self { namespace, udp, tcp, rules: None })
         })
+    }
+
+    /// Makes them in the guest's namespace, which is the calling thread's, and leads port 53 to them for processes of one container.
+    /// Blocks.
+    pub(crate) fn open_in_guest(container: &ProcessId, group: Identity) -> io::Result<Self> {
+        let namespace = Arc::new(Namespace::current()?);
+        let (udp, tcp) = bound()?;
+        let table = format!("{TABLE}-{container}");
+        rules_of_one(&table, group, udp.local_addr()?.port(), tcp.local_addr()?.port()).commit()?;
+        Ok(Self { namespace, udp, tcp, rules: Some(GuestRules { table }) })
     }
 }
 
+fn bound() -> io::Result<(StdUdpSocket, StdTcpListener)> {
+    let udp = StdUdpSocket::bind((ADDRESS, 0))?;
+    let tcp = StdTcpListener::bind((ADDRESS, 0))?;
+    udp.set_nonblocking(true)?;
+    tcp.set_nonblocking(true)?;
+    Ok((udp, tcp))
+}
+
+const SOURCE: u32 = 12;
+const DESTINATION: u32 = 16;
+const SOURCE_PORT: u32 = 0;
+const DESTINATION_PORT: u32 = 2;
+
+/// Packets of a protocol from or to one of the server's ports.
+fn packets(rule: Rule, protocol: i32, address_at: u32, port_at: u32, port: u16) -> Rule {
+    rule.bytes_are(Header::Network, address_at, &ADDRESS.octets())
+        .meta_is(Meta::Protocol, &[u8::try_from(protocol).unwrap_or_default()])
+        .bytes_are(Header::Transport, port_at, &port.to_be_bytes())
+}
+
+fn asking(rule: Rule, protocol: i32, port: u16) -> Rule {
+    packets(rule, protocol, DESTINATION, DESTINATION_PORT, port)
+}
+
 fn rules(udp: u16, tcp: u16) -> Batch {
-    let lead = |protocol: i32, port: u16| {
-        Rule::new()
-            .bytes_are(Header::Network, 16, &ADDRESS.octets())
-            .meta_is(Meta::Protocol, &[u8::try_from(protocol).unwrap_or_default()])
-            .bytes_are(Header::Transport, 2, &PORT.to_be_bytes())
-            .destination(ADDRESS.into(), port)
-    };
+    let lead = |protocol, port| asking(Rule::new(), protocol, PORT).destination(ADDRESS.into(), port);
     Batch::new_table(Family::Ipv4, TABLE)
         .chain("output", "nat", Hook::Output, PRIORITY_NAT)
         .rule("output", lead(libc::IPPROTO_UDP, udp))
         .rule("output", lead(libc::IPPROTO_TCP, tcp))
+}
+
+/// The same for one group of processes among others, who cannot ask its server in its stead.
+fn rules_of_one(table: &str, group: Identity, udp: u16, tcp: u16) -> Batch {
+    const FLAGS_AT: u32 = 13;
+    /// SYN and ACK.
+    const FLAGS: u8 = 0x12;
+    const SYN: u8 = 0x02;
+    let own = || Rule::new().comes_from_group(group.id, group.level);
+    let answer = packets(Rule::new(), libc::IPPROTO_UDP, SOURCE, SOURCE_PORT, udp);
+    let first = asking(Rule::new(), libc::IPPROTO_TCP, tcp).bits_are(Header::Transport, FLAGS_AT, FLAGS, SYN);
+    Batch::new_table(Family::Ipv4, table)
+        .chain("connections", "nat", Hook::Output, PRIORITY_NAT)
+        .rule("connections", asking(own(), libc::IPPROTO_TCP, PORT).destination(ADDRESS.into(), tcp))
+        .chain("output", "filter", Hook::Output, PRIORITY_FILTER)
+        .rule("output", asking(own(), libc::IPPROTO_TCP, tcp).verdict(Verdict::Accept))
+        .rule("output", first.verdict(Verdict::Drop))
+        .rule(
+            "output",
+            asking(own(), libc::IPPROTO_UDP, PORT)
+                .set_udp_port(DESTINATION_PORT, udp)
+                .verdict(Verdict::Accept),
+        )
+        .rule("output", asking(Rule::new(), libc::IPPROTO_UDP, udp).verdict(Verdict::Drop))
+        .rule("output", answer.set_udp_port(SOURCE_PORT, PORT).verdict(Verdict::Accept))
 }
 
 /// What a server is made of, besides its sockets.
@@ -118,11 +197,13 @@ pub(crate) struct Knowledge {
     pub directory: Arc<Directory>,
     pub upstream: Arc<dyn Upstream>,
     pub servers: Vec<IpAddr>,
+    pub descriptors: Arc<Descriptors>,
 }
 
-/// Serves a container.
-pub(crate) fn serve(sockets: Sockets, namespace: Arc<Namespace>, knowledge: Knowledge) -> io::Result<Server> {
-    let Knowledge { container, directory, upstream, servers } = knowledge;
+/// Serves a container on threads of a runtime.
+pub(crate) fn serve(sockets: Sockets, knowledge: Knowledge, runtime: &Handle) -> io::Result<Server> {
+    let Knowledge { container, directory, upstream, servers, descriptors } = knowledge;
+    let Sockets { namespace, udp, tcp, rules } = sockets;
     let resolver = Arc::new(Resolver {
         container,
         directory,
@@ -131,11 +212,13 @@ pub(crate) fn serve(sockets: Sockets, namespace: Arc<Namespace>, knowledge: Know
         namespace,
         questions: Arc::new(Semaphore::new(MAX_QUESTIONS)),
         connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+        descriptors,
     });
-    let udp = UdpSocket::from_std(sockets.udp)?;
-    let tcp = TcpListener::from_std(sockets.tcp)?;
+    let _entered = runtime.enter();
+    let udp = UdpSocket::from_std(udp)?;
+    let tcp = TcpListener::from_std(tcp)?;
     let datagrams = tokio::spawn(datagrams(resolver.clone(), Arc::new(udp)));
-    Ok(Server(vec![datagrams, tokio::spawn(connections(resolver, tcp))]))
+    Ok(Server { tasks: vec![datagrams, tokio::spawn(connections(resolver, tcp))], _rules: rules })
 }
 
 async fn datagrams(resolver: Arc<Resolver>, socket: Arc<UdpSocket>) {
@@ -158,11 +241,18 @@ async fn datagrams(resolver: Arc<Resolver>, socket: Arc<UdpSocket>) {
 async fn connections(resolver: Arc<Resolver>, listener: TcpListener) {
     loop {
         let Ok(permit) = resolver.connections.clone().acquire_owned().await else { return };
-        let Ok((stream, _)) = listener.accept().await else { continue };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => match resolver.descriptors.survive(error).await {
+                Ok(()) => continue,
+                Err(error) => return tracing::error!("a container's names are not served over TCP: {error}"),
+            },
+        };
         let resolver = resolver.clone();
         tokio::spawn(async move {
             let _ = connection(&resolver, stream).await;
             drop(permit);
+            resolver.descriptors.were_freed();
         });
     }
 }
@@ -268,20 +358,15 @@ impl Resolver {
                 }
             }
             Transport::Tcp => {
-                // Connecting blocks a thread of its own, for as long as one server is waited for.
-                let socket = self.socket_to(move || {
-                    let stream = std::net::TcpStream::connect_timeout(&target, PATIENCE)?;
-                    stream.set_nonblocking(true)?;
-                    Ok(stream)
-                });
-                let mut stream = TcpStream::from_std(socket.await?)?;
+                let socket = self.socket_to(move || forward::unconnected(server, None)).await?;
+                let mut stream = TcpSocket::from_std_stream(socket.into()).connect(target).await?;
                 write_message(&mut stream, request).await?;
                 read_message(&mut stream).await?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
             }
         }
     }
 
-    /// Makes a socket in the container's namespace.
+    /// Makes a socket in the container's namespace, where it stays whoever uses it.
     async fn socket_to<T: Send + 'static>(
         &self,
         make: impl FnOnce() -> io::Result<T> + Send + 'static,

@@ -2,10 +2,14 @@
 //! function is safe to call as its documentation says.
 #![allow(unsafe_code)]
 
+pub(crate) mod assembler;
+
 use std::ffi::{c_int, c_long};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use assembler::Instruction;
 
 const MAP_CREATE: c_int = 0;
 const PROG_LOAD: c_int = 5;
@@ -89,7 +93,8 @@ impl Purpose {
 }
 
 /// Loads a program.
-pub(crate) fn load(purpose: Purpose, instructions: &[u64]) -> io::Result<OwnedFd> {
+pub(crate) fn load(purpose: Purpose, program: &[Instruction]) -> io::Result<OwnedFd> {
+    let instructions: Vec<u64> = program.iter().map(|instruction| instruction.pack()).collect();
     let attr = ProgLoad {
         prog_type: purpose.program_type(),
         insn_cnt: u32::try_from(instructions.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
@@ -161,14 +166,18 @@ impl Ring {
         }
     }
 
-    /// Takes all records that are there.
-    pub(crate) fn read(&mut self, mut take: impl FnMut(&[u8])) {
+    /// Takes the records that are there, a ring full of them at most, however fast they are written; whether there may be more.
+    pub(crate) fn read(&mut self, mut take: impl FnMut(&[u8])) -> bool {
         let page = rustix::param::page_size();
         // SAFETY: both pages begin with an aligned u64 that the kernel and this reader use atomically.
         let (consumer, producer) =
             unsafe { (AtomicU64::from_ptr(self.consumer.cast()), AtomicU64::from_ptr(self.producer.cast())) };
         let mut at = consumer.load(Ordering::Relaxed);
+        let enough = at.saturating_add(self.size as u64);
         while at < producer.load(Ordering::Acquire) {
+            if at >= enough {
+                return true;
+            }
             let offset = page + (at as usize & (self.size - 1));
             // SAFETY: the kernel keeps positions at multiples of 8 below the end of the data, which is mapped twice; the header's
             // first word is aligned and only the kernel writes it, atomically.
@@ -191,6 +200,7 @@ impl Ring {
             at += (RECORD_HEADER + len).next_multiple_of(8) as u64;
             consumer.store(at, Ordering::Release);
         }
+        false
     }
 }
 
