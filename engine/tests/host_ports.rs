@@ -4,7 +4,7 @@ mod support;
 
 use std::{
     io::{Read, Write},
-    net::{IpAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::Command,
     thread,
     time::{Duration, Instant},
@@ -108,6 +108,36 @@ fn bytes_pass_in_both_directions_with_half_closes() {
     stream.read_to_end(&mut received).unwrap();
     writing.join().unwrap();
     assert!(received == sent, "{} of {} bytes", received.len(), sent.len());
+}
+
+/// A connection from a certain port of a certain address.
+fn connect_from(from: SocketAddr, to: SocketAddr) -> TcpStream {
+    use rustix::net::{AddressFamily, SocketType, bind, connect, socket, sockopt};
+    let family = if from.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket(family, SocketType::STREAM, None).unwrap();
+    sockopt::set_socket_reuseaddr(&socket, true).unwrap();
+    bind(&socket, &from).unwrap();
+    connect(&socket, &to).unwrap();
+    socket.into()
+}
+
+#[test]
+fn a_client_can_come_from_one_port_to_two_ports_that_are_the_same_in_the_container() {
+    let (_machine, daemon) = with_busybox();
+    let own = own_address().expect("this machine has an address besides loopback");
+    let ports = [free_port(), free_port()];
+    let [one, two] = ports.map(|port| format!("{port}:7"));
+    let serve = ["busybox", "busybox", "nc", "-ll", "-p", "7", "-e", "cat"];
+    daemon.ok(&[&["run", "-d", "-p", &one, "-p", &two][..], &serve].concat());
+    soon("it listens", || ports.iter().all(|port| TcpStream::connect((own, *port)).is_ok()));
+    let from = SocketAddr::new(own, free_port());
+    let mut streams = ports.map(|port| connect_from(from, SocketAddr::new(own, port)));
+    for stream in &mut streams {
+        stream.write_all(b"ahoy").unwrap();
+        let mut back = [0; 4];
+        stream.read_exact(&mut back).unwrap();
+        assert_eq!(&back, b"ahoy");
+    }
 }
 
 #[test]

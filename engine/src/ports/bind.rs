@@ -12,7 +12,7 @@ use rustix::{
     net::{AddressFamily, Shutdown, SocketType, bind, ipproto, listen, shutdown, socket, sockopt},
 };
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind};
 
 const BACKLOG: i32 = 4096;
 
@@ -22,29 +22,48 @@ pub(super) struct Bound {
     address: SocketAddr,
 }
 
+/// Why there is no socket.
+#[derive(Debug)]
+pub(super) enum NotBound {
+    /// Someone else has the port; another one may be free.
+    Taken(Error),
+    /// The host has no such family of addresses.
+    NoFamily(Error),
+    /// Another port would not do either.
+    Refused(Error),
+}
+
+impl From<NotBound> for Error {
+    fn from(not_bound: NotBound) -> Self {
+        let (NotBound::Taken(error) | NotBound::NoFamily(error) | NotBound::Refused(error)) = not_bound;
+        error
+    }
+}
+
 /// Docker's words for a port that someone else has.
-pub(super) fn in_use(address: &SocketAddr) -> Error {
-    Error::internal(format!("Bind for {address} failed: port is already allocated"))
+pub(super) fn in_use(address: &SocketAddr) -> NotBound {
+    NotBound::Taken(Error::internal(format!("Bind for {address} failed: port is already allocated")))
 }
 
 impl Bound {
-    pub(super) fn new(address: SocketAddr) -> Result<Self> {
+    pub(super) fn new(address: SocketAddr) -> Result<Self, NotBound> {
         Self::open(address).map_err(|error| match error {
             Errno::ADDRINUSE => in_use(&address),
-            Errno::ACCESS | Errno::PERM => Error::new(
+            Errno::ACCESS | Errno::PERM => NotBound::Refused(Error::new(
                 Kind::Denied,
                 format!(
                     "Bind for {address} failed: permission denied: ports below 1024 are root's on this host. Publish the port as one from 1024 on, or let everyone have it: sudo sysctl net.ipv4.ip_unprivileged_port_start={}",
                     address.port()
                 ),
-            ),
-            Errno::ADDRNOTAVAIL => Error::invalid(format!(
-                "Bind for {address} failed: cannot assign requested address: the host does not have it"
             )),
-            Errno::AFNOSUPPORT => {
-                Error::new(Kind::Unavailable, format!("Bind for {address} failed: the host has no IPv6"))
-            }
-            error => Error::internal(format!("Bind for {address} failed: {error}")),
+            Errno::ADDRNOTAVAIL => NotBound::Refused(Error::invalid(format!(
+                "Bind for {address} failed: cannot assign requested address: the host does not have it"
+            ))),
+            Errno::AFNOSUPPORT => NotBound::NoFamily(Error::new(
+                Kind::Unavailable,
+                format!("Bind for {address} failed: the host has no IPv6"),
+            )),
+            error => NotBound::Refused(Error::internal(format!("Bind for {address} failed: {error}"))),
         })
     }
 

@@ -22,10 +22,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::{
     container::record::{ContainerId, Record},
     core::Core,
-    error::{Error, Kind, Result},
+    error::{Error, Result},
     sandbox::SandboxId,
 };
-use bind::Bound;
+use bind::{Bound, NotBound};
 use session::Session;
 use wanted::Wanted;
 
@@ -126,7 +126,8 @@ impl Core {
         for published in &record.ports {
             match Bound::new(published.host) {
                 Ok(socket) => bound.push((published.port, socket)),
-                Err(error) => {
+                Err(not_bound) => {
+                    let error = Error::from(not_bound);
                     tracing::error!(%error, host = %published.host, "a published port cannot be had again");
                 }
             }
@@ -184,19 +185,18 @@ impl Core {
         let range = if wanted.host_ports == (0..=0) { ANY } else { wanted.host_ports.clone() };
         let had = before.iter().filter(|had| had.port == wanted.port).map(|had| had.host.port());
         let had = had.into_iter().find(|port| range.contains(port));
-        let many = range.start() != range.end();
-        let mut last = None;
+        let mut taken = None;
         for port in had.into_iter().chain(range) {
             match self.bind_all(wanted, port) {
                 Ok(bound) => return Ok(bound),
-                Err(error) if many && error.kind() == Kind::Internal => last = Some(error),
-                Err(error) => return Err(error),
+                Err(NotBound::Taken(error)) => taken = Some(error),
+                Err(refused) => return Err(refused.into()),
             }
         }
-        Err(last.unwrap_or_else(|| Error::internal("all ports are allocated")))
+        Err(taken.unwrap_or_else(|| Error::internal("all ports are allocated")))
     }
 
-    fn bind_all(&self, wanted: &Wanted, port: u16) -> Result<Vec<Bound>> {
+    fn bind_all(&self, wanted: &Wanted, port: u16) -> Result<Vec<Bound>, NotBound> {
         let mut all = Vec::new();
         for ip in wanted.addresses() {
             let address = SocketAddr::new(ip, port);
@@ -206,8 +206,7 @@ impl Core {
             match Bound::new(address) {
                 Ok(bound) => all.push(bound),
                 // A host without IPv6 has only the other one.
-                Err(error)
-                    if error.kind() == Kind::Unavailable && wanted.host_ip.is_none() && ip.is_ipv6() => {}
+                Err(NotBound::NoFamily(_)) if wanted.host_ip.is_none() && ip.is_ipv6() => {}
                 Err(error) => return Err(error),
             }
         }
