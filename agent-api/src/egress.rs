@@ -14,7 +14,7 @@
 //! The agent chooses ids, [`FIRST_ID`] to [`LAST_ID`], one for each thing that is under way. A reply that has an id that
 //! nothing is under way for is ignored: it may have come too late.
 //!
-//! A [`Request::Connect`] that succeeds has no reply. Instead the connected socket itself is handed to whatever stands between
+//! A [`Request::Connect`] or [`Request::Engine`] that succeeds has no reply. Instead the connected socket itself is handed to whatever stands between
 //! host and guest, and appears in the guest as a stream to port [`STREAM_PORT`] whose other end has the id as its port: the
 //! daemon is no relay. The end of one direction is a half-close; a stream that is closed without one was reset.
 //!
@@ -51,6 +51,7 @@ const CONNECT: u8 = 1;
 const DATAGRAM: u8 = 2;
 const ECHO: u8 = 3;
 const QUESTION: u8 = 4;
+const ENGINE: u8 = 5;
 const FAILED: u8 = 1;
 const DATAGRAM_BACK: u8 = 2;
 const ECHO_BACK: u8 = 3;
@@ -85,6 +86,8 @@ pub enum Request {
     Echo(Flow, Vec<u8>),
     /// Ask the host's name servers for this container; the question is a whole DNS message.
     Question(ProcessId, Transport, Vec<u8>),
+    /// A connection to the daemon's own API, for a container that has its socket. Like a [`Request::Connect`], it is answered by a stream.
+    Engine(ProcessId),
 }
 
 /// What the daemon says.
@@ -225,6 +228,7 @@ impl Request {
                 let tcp = u8::from(*transport == Transport::Tcp);
                 frame(QUESTION, id, &[&[tcp], container.as_str().as_bytes(), message])
             }
+            Self::Engine(container) => frame(ENGINE, id, &[container.as_str().as_bytes()]),
         }
     }
 
@@ -243,6 +247,7 @@ impl Request {
             DATAGRAM => flow().map(|(flow, data)| Self::Datagram(flow, data.to_vec())).ok_or(malformed),
             ECHO => flow().map(|(flow, data)| Self::Echo(flow, data.to_vec())).ok_or(malformed),
             QUESTION => question(payload).ok_or(malformed),
+            ENGINE => container(payload).map(Self::Engine).ok_or(malformed),
             kind => Err(EgressError::Kind(kind)),
         }
     }
@@ -256,8 +261,11 @@ fn question(payload: &[u8]) -> Option<Request> {
         1 => Transport::Tcp,
         _ => return None,
     };
-    let container = std::str::from_utf8(container).ok()?.parse().ok()?;
-    Some(Request::Question(container, transport, message.to_vec()))
+    Some(Request::Question(self::container(container)?, transport, message.to_vec()))
+}
+
+fn container(id: &[u8]) -> Option<ProcessId> {
+    std::str::from_utf8(id).ok()?.parse().ok()
 }
 
 impl Reply {
@@ -331,6 +339,7 @@ mod tests {
             ("[0-9a-f]{64}", transport, data()).prop_map(|(id, transport, data)| {
                 Request::Question(id.parse().unwrap(), transport, data)
             }),
+            "[0-9a-f]{64}".prop_map(|id| Request::Engine(id.parse().unwrap())),
         ]
     }
 

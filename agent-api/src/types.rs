@@ -60,6 +60,8 @@ pub enum TreeSource {
         /// The entry.
         name: TreeName,
     },
+    /// No tree, but the socket of the daemon's API: what connects to it is asked for by [`crate::egress::Request::Engine`].
+    Engine,
     /// In the agent's own file system (where the agent runs without a VM).
     Path {
         /// Its absolute path.

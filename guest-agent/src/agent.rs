@@ -54,6 +54,8 @@ pub(crate) struct Paths {
     pub room: Option<Room>,
     /// Where the file system that the host exports is mounted when it is first needed; none where there is no host.
     pub host_trees: Option<PathBuf>,
+    /// Sockets of the daemon's API are made below this directory.
+    pub engine_sockets: PathBuf,
     /// What containers share with others through memory is mounted below this directory.
     pub shm: PathBuf,
 }
@@ -79,6 +81,7 @@ pub(crate) struct Agent {
     reaper: Reaper,
     mount_point: String,
     shm: PathBuf,
+    engine_sockets: PathBuf,
     die_with_agent: bool,
     shutdown: watch::Sender<bool>,
     /// Set before everything is killed; what starts afterwards kills itself.
@@ -123,6 +126,7 @@ impl Agent {
             reaper,
             mount_point,
             shm: paths.shm.clone(),
+            engine_sockets: paths.engine_sockets.clone(),
             die_with_agent,
             shutdown: watch::Sender::new(false),
             stopping: AtomicBool::new(false),

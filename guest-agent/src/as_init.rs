@@ -131,6 +131,7 @@ async fn serve(fork_server: fork_server::Unattached, mut phases: Phases) -> io::
         cgroup_name: "coracle".to_owned(),
         room: Some(ROOM),
         host_trees: Some("/run/coracle/host".into()),
+        engine_sockets: "/run/coracle/engine".into(),
         shm: "/run/shm".into(),
     };
     let egress = Egress::start(Incoming::Vsock)?;

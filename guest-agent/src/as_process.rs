@@ -46,6 +46,7 @@ pub fn run(options: &Options) -> io::Result<()> {
         cgroup: run.join("cgroup"),
         room: None,
         host_trees: None,
+        engine_sockets: run.join("engine"),
         shm: run.join("shm"),
         cgroup_name: format!("coracle-{}", std::process::id()),
         data,

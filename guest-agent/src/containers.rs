@@ -11,6 +11,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
+use crate::engine_socket::EngineSocket;
 use crate::layers::LayerUse;
 use crate::network::listeners::Listeners;
 use crate::network::names::Server;
@@ -50,6 +51,8 @@ pub(crate) struct Holdings {
     pub shm: Option<SharedMemory>,
     /// Its interfaces.
     pub ports: Interfaces,
+    /// The socket of the daemon's API, if it has that.
+    pub engine: Option<EngineSocket>,
 }
 
 /// A container's interfaces, which come and go while it runs.
@@ -131,6 +134,7 @@ impl Holdings {
     pub(crate) fn give_back(self, id: &ProcessId) {
         // First, because its addresses may be someone else's by now.
         drop(self.ports);
+        drop(self.engine);
         if let Err(error) = self.cgroup.remove() {
             tracing::warn!(container = id.short(), "removing its cgroup failed: {error}");
         }

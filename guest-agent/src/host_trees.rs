@@ -25,10 +25,14 @@ impl HostTrees {
         Self { directory, mounted: Mutex::default() }
     }
 
-    /// Where the trees are in the agent's mount namespace, in the order of the mounts.
-    pub(crate) fn locate(&self, binds: &[BindMount]) -> Result<Vec<String>> {
+    /// Where the trees are in the agent's mount namespace, in the order of the mounts; `engine` is the socket of the daemon's API.
+    pub(crate) fn locate(&self, binds: &[BindMount], engine: Option<&Path>) -> Result<Vec<String>> {
         let locate = |bind: &BindMount| match &bind.source {
             TreeSource::Path { path } => Ok(path.clone()),
+            TreeSource::Engine => match engine {
+                Some(socket) => Ok(socket.to_string_lossy().into_owned()),
+                None => Err(ApiError::new(ErrorKind::Internal, "the engine's socket was not made")),
+            },
             TreeSource::Shared { name } => {
                 let entry = self.root()?.join(name.as_str());
                 Ok(entry.to_string_lossy().into_owned())
@@ -71,8 +75,8 @@ mod tests {
     fn without_a_host_only_own_paths_are_found() {
         let trees = HostTrees::new(None);
         let own = bind(TreeSource::Path { path: "/own".to_owned() });
-        assert_eq!(trees.locate(&[own]).unwrap(), ["/own"]);
+        assert_eq!(trees.locate(&[own], None).unwrap(), ["/own"]);
         let shared = bind(TreeSource::Shared { name: "entry".parse().unwrap() });
-        assert_eq!(trees.locate(&[shared]).unwrap_err().kind, ErrorKind::Unsupported);
+        assert_eq!(trees.locate(&[shared], None).unwrap_err().kind, ErrorKind::Unsupported);
     }
 }

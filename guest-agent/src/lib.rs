@@ -17,6 +17,7 @@ mod child;
 mod clock;
 mod containers;
 mod egress;
+mod engine_socket;
 mod error;
 mod fork_server;
 mod host_trees;

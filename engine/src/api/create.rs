@@ -12,7 +12,10 @@ use crate::{
         Container, actor,
         config::{Config, HostConfig},
         isolation,
-        mounts::{self, Wanted},
+        mounts::{
+            self, Wanted,
+            confine::{check_policy, confine},
+        },
         names,
         options::CreateRequest,
         record::Record,
@@ -33,7 +36,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
     let image = find_image(&request, &config).await?;
     let platform = check_platform(&request, &image)?;
     config.merge_image(&image.config.config)?;
-    Policy::of(config.labels.iter())?;
+    let policy = Policy::of(config.labels.iter())?;
     if !config.working_dir.is_empty() && !config.working_dir.starts_with('/') {
         return Err(Error::invalid(format!(
             "the image's working directory '{}' is not an absolute path",
@@ -44,7 +47,10 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
     let networks = core.wanted_networks(&mut config, &mut host_config, networks)?;
     // Until the container is known, its volumes must not go.
     let _volumes_stay = core.volumes.gate.read().await;
-    let wanted = mounts::wanted(core, &config, &host_config)?;
+    let mut wanted = mounts::wanted(core, &config, &host_config)?;
+    let asker = request.asker.as_ref().map(|asker| asker.record());
+    confine(&mut wanted, &core.sockets(), asker.as_deref())?;
+    check_policy(&wanted, &policy)?;
     check_sources(core, &wanted).await?;
     let sandbox = SandboxId::shared();
     warm_up(&request, &sandbox);
@@ -103,7 +109,8 @@ async fn check_sources(core: &Core, wanted: &Wanted) -> Result<()> {
     }
     let (binds, sockets) = (wanted.binds.clone(), core.sockets());
     tokio::task::spawn_blocking(move || {
-        binds.iter().try_for_each(|bind| mounts::source::check(bind, &sockets))
+        let mut trees = binds.iter().filter(|bind| !bind.engine);
+        trees.try_for_each(|bind| mounts::source::check(bind, &sockets))
     })
     .await?
 }

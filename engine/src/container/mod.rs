@@ -95,6 +95,8 @@ pub(crate) struct Container {
     /// In memory only: a daemon that was restarted has yet to find out.
     health: Mutex<Option<Health>>,
     trace: Mutex<Option<Arc<Trace>>>,
+    /// Whether its processes may speak to the engine: its run has the engine's socket.
+    has_engine: watch::Sender<bool>,
 }
 
 impl Container {
@@ -122,6 +124,7 @@ impl Container {
             log,
             health: Mutex::default(),
             trace: Mutex::default(),
+            has_engine: watch::Sender::new(false),
         };
         Ok((Arc::new(container), messages))
     }
@@ -147,6 +150,11 @@ impl Container {
 
     pub(crate) fn is_running(&self) -> bool {
         self.lifecycle.borrow().status.is_running()
+    }
+
+    /// Whether its processes may speak to the engine, from now on.
+    pub(crate) fn has_engine(&self) -> watch::Receiver<bool> {
+        self.has_engine.subscribe()
     }
 
     /// Its log, if it has one that can be read.

@@ -1,6 +1,7 @@
 //! What a container wants to be mounted: `--volume`, `--mount`, `--volumes-from` and the image's `VOLUME`s, by Docker's rules and in its words.
 //! All of it comes from clients and images and is checked here; paths are cleaned, so that two ways to write one path count as one.
 
+pub(crate) mod confine;
 mod request;
 pub(crate) mod source;
 

@@ -79,6 +79,13 @@ pub(crate) struct Bind {
     pub(crate) mode: String,
     /// How mounts beneath it spread, in Docker's word.
     pub(crate) propagation: String,
+    /// It is the engine's own socket, whatever is at that path on the host.
+    #[serde(default)]
+    pub(crate) engine: bool,
+    /// It must not lead out of the last of these trees of the host, nor that one out of the one before it: a container asked for it, which
+    /// has the last one.
+    #[serde(default)]
+    pub(crate) within: Vec<String>,
 }
 
 /// Why bytes are no record.

@@ -78,6 +78,17 @@ impl Guard {
         (Line::new(protocol, Some(flow.destination), name, refused), refused.is_none())
     }
 
+    /// The container with this id, if it has the engine's socket now, and the engine.
+    pub(super) fn admit_client(&self, asker: &ProcessId) -> Result<(Arc<Core>, Arc<Container>), Failure> {
+        let core = self.core.upgrade().ok_or(Failure::Exhausted)?;
+        let container = self.own(&core, asker.as_str()).ok_or(Failure::Prohibited)?;
+        let admitted = *container.has_engine().borrow();
+        match admitted {
+            true => Ok((core, container)),
+            false => Err(Failure::Prohibited),
+        }
+    }
+
     /// Whether a container may ask for the name in a question. What is allowed to everybody is not noted: it is no connection.
     pub(super) fn admit_question(&self, asker: &ProcessId, question: &[u8]) -> Result<(), Failure> {
         let core = self.core.upgrade().ok_or(Failure::Exhausted)?;

@@ -7,6 +7,7 @@
 
 pub(crate) mod audit;
 mod datagrams;
+mod engine;
 mod guard;
 mod names;
 pub(crate) mod policy;
@@ -14,6 +15,7 @@ mod reach;
 
 use std::{
     io,
+    os::fd::OwnedFd,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -41,6 +43,7 @@ pub use names::HostFiles;
 const MOST_DIALS: usize = 1024;
 const MOST_QUESTIONS: usize = 512;
 const MOST_ECHOES: usize = 256;
+const MOST_CLIENTS: usize = 256;
 /// Frames that wait for being sent to the agent.
 const REPLIES: usize = 1024;
 /// A peer that has vanished is noticed after about three minutes, as a container cannot ask for it to be looked after.
@@ -148,6 +151,7 @@ struct Session {
     dials: Arc<Semaphore>,
     questions: Arc<Semaphore>,
     echoes: Arc<Semaphore>,
+    clients: Arc<Semaphore>,
 }
 
 impl Drop for Session {
@@ -168,6 +172,7 @@ impl Session {
             dials: Arc::new(Semaphore::new(MOST_DIALS)),
             questions: Arc::new(Semaphore::new(MOST_QUESTIONS)),
             echoes: Arc::new(Semaphore::new(MOST_ECHOES)),
+            clients: Arc::new(Semaphore::new(MOST_CLIENTS)),
         }
     }
 
@@ -189,6 +194,7 @@ impl Session {
             Request::Connect(_) => &self.dials,
             Request::Question(..) => &self.questions,
             Request::Echo(..) => &self.echoes,
+            Request::Engine(_) => &self.clients,
             Request::Datagram(flow, data) => {
                 let admit = |flow: &Flow| self.guard.admit("udp", flow);
                 return self.flows.send(id, *flow, data, &self.replies, admit);
@@ -200,6 +206,14 @@ impl Session {
         };
         let (sandbox, replies) = (Arc::clone(&self.sandbox), self.replies.clone());
         let (files, guard) = (self.files.clone(), self.guard.clone());
+        if let Request::Engine(container) = request {
+            self.replies.spawn(async move {
+                if let Err(failure) = engine::connect(sandbox.as_ref(), &guard, id, &container, room).await {
+                    replies.send(id, &Reply::Failed(failure)).await;
+                }
+            });
+            return;
+        }
         self.replies.spawn(async move {
             if let Some(reply) = perform(sandbox.as_ref(), &files, &guard, id, request).await {
                 replies.send(id, &reply).await;
@@ -239,7 +253,7 @@ async fn perform(
             }
             Err(failure) => Err(failure),
         },
-        Request::Datagram(..) => return None,
+        Request::Datagram(..) | Request::Engine(_) => return None,
     };
     Some(done.unwrap_or_else(Reply::Failed))
 }
@@ -259,7 +273,12 @@ async fn connect(sandbox: &dyn Sandbox, id: u32, flow: Flow) -> Result<(), Failu
         stream.into_std()
     };
     let stream = dial.await.map_err(|error| reach::failure(&error))?;
-    sandbox.pass_stream(STREAM_PORT, id, stream.into()).await.map_err(|error| {
+    hand_over(sandbox, id, stream.into()).await
+}
+
+/// Gives the sandbox a connected stream.
+async fn hand_over(sandbox: &dyn Sandbox, id: u32, stream: OwnedFd) -> Result<(), Failure> {
+    sandbox.pass_stream(STREAM_PORT, id, stream).await.map_err(|error| {
         tracing::warn!(sandbox = %sandbox.id(), error = chain(&error), "a connection cannot be handed over");
         Failure::Exhausted
     })

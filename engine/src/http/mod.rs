@@ -18,6 +18,7 @@ use http_body_util::{BodyExt, Limited};
 use hyper::{body::Incoming, upgrade::OnUpgrade};
 
 use crate::{
+    container::Container,
     core::Core,
     error::{Error, Result},
 };
@@ -44,6 +45,8 @@ pub(crate) struct Request {
     pub(crate) body: Incoming,
     pub(crate) upgrade: Option<OnUpgrade>,
     pub(crate) received: Instant,
+    /// The container that asks, by the socket that it was given; none if it is a client of the host's.
+    pub(crate) asker: Option<Arc<Container>>,
 }
 
 impl Request {

@@ -6,7 +6,7 @@ use crate::{
         archive, attach, containers, create, events, exec, images, load, logs, networks, private, prune,
         pull, push, registry, stats, system, top, update, volumes, wait,
     },
-    error::{Error, Result},
+    error::{Error, Kind, Result},
 };
 
 /// Answers a request.
@@ -15,6 +15,9 @@ pub(super) async fn route(request: Request) -> Result<Response> {
     let segments: Vec<String> = request.segments.clone();
     let path: Vec<&str> = segments.iter().map(String::as_str).collect();
     match (method.as_str(), path.as_slice()) {
+        (_, ["coracle", ..]) if request.asker.is_some() => {
+            Err(Error::new(Kind::Denied, "the engine itself is ruled from the host only"))
+        }
         ("GET" | "HEAD", ["_ping"]) => Ok(system::ping()),
         ("GET", ["version"]) => Ok(system::version(&request)),
         ("GET", ["info"]) => system::info(&request).await,

@@ -1,7 +1,8 @@
 //! Accepts connections and serves them until the engine ends.
 //!
-//! Every client of the socket may do everything, as with Docker's; the socket's permissions are the caller's matter. A client
-//! that is slow, or gone, costs its own connection and nothing else.
+//! Every client of the socket may do everything, as with Docker's; the socket's permissions are the caller's matter. A container that was
+//! given the socket may do what a client may, but for what is said of [`Request::asker`]. A client that is slow, or gone, costs its own
+//! connection and nothing else.
 
 use std::{
     convert::Infallible,
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Request, Response, body, query::Query, router, version};
 use crate::{
+    container::Container,
     core::Core,
     error::{Error, Result},
 };
@@ -40,7 +42,7 @@ pub(crate) async fn serve(core: &Arc<Core>, listener: UnixListener, end: &Cancel
                 let (core_of_it, end) = (Arc::clone(core), end.clone());
                 core.tasks.spawn(async move {
                     let descriptors = Arc::clone(&core_of_it.descriptors);
-                    serve_connection(core_of_it, stream, end).await;
+                    serve_connection(core_of_it, stream, end, None).await;
                     descriptors.were_freed();
                 });
             }
@@ -52,10 +54,16 @@ pub(crate) async fn serve(core: &Arc<Core>, listener: UnixListener, end: &Cancel
     }
 }
 
-async fn serve_connection(core: Arc<Core>, stream: UnixStream, end: CancellationToken) {
+/// Serves a connection; `asker` is the container that it comes from.
+pub(crate) async fn serve_connection(
+    core: Arc<Core>,
+    stream: UnixStream,
+    end: CancellationToken,
+    asker: Option<Arc<Container>>,
+) {
     let service = service_fn(|request| {
-        let core = Arc::clone(&core);
-        async move { Ok::<_, Infallible>(answer(core, request).await) }
+        let (core, asker) = (Arc::clone(&core), asker.clone());
+        async move { Ok::<_, Infallible>(answer(core, request, asker).await) }
     });
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME);
@@ -73,11 +81,15 @@ async fn serve_connection(core: Arc<Core>, stream: UnixStream, end: Cancellation
     }
 }
 
-async fn answer(core: Arc<Core>, request: http::Request<Incoming>) -> Response {
+async fn answer(
+    core: Arc<Core>,
+    request: http::Request<Incoming>,
+    asker: Option<Arc<Container>>,
+) -> Response {
     let head = request.method() == Method::HEAD;
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let server = format!("Coracle/{} (linux)", core.config.version);
-    let mut response = match dispatch(core, request).await {
+    let mut response = match dispatch(core, request, asker).await {
         Ok(response) => response,
         Err(error) => {
             tracing::debug!(%method, path, status = error.status().as_u16(), %error, "refused");
@@ -100,7 +112,11 @@ async fn answer(core: Arc<Core>, request: http::Request<Incoming>) -> Response {
     response
 }
 
-async fn dispatch(core: Arc<Core>, mut request: http::Request<Incoming>) -> Result<Response> {
+async fn dispatch(
+    core: Arc<Core>,
+    mut request: http::Request<Incoming>,
+    asker: Option<Arc<Container>>,
+) -> Result<Response> {
     let received = Instant::now();
     let upgrade = hyper::upgrade::on(&mut request);
     let (parts, incoming) = request.into_parts();
@@ -128,6 +144,7 @@ async fn dispatch(core: Arc<Core>, mut request: http::Request<Incoming>) -> Resu
         body: incoming,
         upgrade: Some(upgrade),
         received,
+        asker,
     };
     router::route(request).await
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 use coracle_agent_api::frame::Kind;
 use coracle_agent_api::{
     ApiError, ContainerSpec, DeviceKind, DeviceRule, ErrorKind, ExecSpec, IpcMode, Network, PidMode,
-    ProcessId, ProcessSpec, StartPhase, Started,
+    ProcessId, ProcessSpec, StartPhase, Started, TreeSource,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::Interest;
@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use super::{Agent, blocking, files};
 use crate::cgroup::{Cgroup, Devices};
 use crate::containers::{Container, Holdings, Interfaces, Published, SharedMemory};
+use crate::engine_socket::EngineSocket;
 use crate::error::{AtStep, Result, conflict, invalid};
 use crate::fork_server::{NewContainer, OrderRef, Place, Report, Shm, Task, TaskFds};
 use crate::network::{names, namespace::Namespace};
@@ -210,11 +211,12 @@ impl Agent {
         let root = self.storage.mount_root(id, &layers.lower_directories(), devices_ruled)?;
         let files = self.storage.write_files(id, &spec.files)?;
         let volumes = self.volumes.prepare(&root, &spec.volumes)?;
-        let trees = self.host_trees.locate(&spec.binds)?;
+        let engine = self.engine_socket(id, spec)?;
+        let trees = self.host_trees.locate(&spec.binds, engine.as_ref().map(EngineSocket::path))?;
         let (shm, shared, owned_shm) = self.shared_memory(id, spec, &donors)?;
         let cgroup = Arc::new(self.cgroups.create(id, &spec.cgroup_parent, &spec.resources, &devices)?);
         let ports = Interfaces::new(&self.networks, id);
-        let holdings = Holdings { cgroup, root, layers, shm: owned_shm, ports };
+        let holdings = Holdings { cgroup, root, layers, shm: owned_shm, ports, engine };
         match self.connect_prepared(id, spec, &holdings) {
             Ok((network, names)) => Ok(Prepared {
                 holdings,
@@ -245,6 +247,15 @@ impl Agent {
         let network = self.network(&spec.network, &holdings.ports)?;
         let names = self.name_sockets(id, &spec.network, network.as_ref(), &holdings.cgroup)?;
         Ok((network, names))
+    }
+
+    /// The socket of the daemon's API, if the container mounts it.
+    fn engine_socket(&self, id: &ProcessId, spec: &ContainerSpec) -> Result<Option<EngineSocket>> {
+        let wanted = spec.binds.iter().any(|bind| bind.source == TreeSource::Engine);
+        wanted
+            .then(|| EngineSocket::open(&self.engine_sockets, id, &self.egress))
+            .transpose()
+            .at("make the engine's socket")
     }
 
     /// A container's network namespace, and in it what the container is connected to.

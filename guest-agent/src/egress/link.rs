@@ -181,6 +181,14 @@ impl Link {
         }
     }
 
+    /// A connection that is not told from where it comes.
+    pub(super) async fn engine(&self, request: Request) -> Option<OwnedFd> {
+        match self.ask(&request, PATIENCE).await {
+            Some(Outcome::Stream(stream)) => Some(stream),
+            _ => None,
+        }
+    }
+
     /// Sends an echo request; what came back.
     pub(super) async fn echo(&self, flow: Flow, data: Vec<u8>) -> Result<Vec<u8>, Option<Failure>> {
         match self.ask(&Request::Echo(flow, data), PATIENCE).await {

@@ -112,6 +112,11 @@ impl Egress {
         self.link.serve(io).await;
     }
 
+    /// A connection to the daemon's API for a container that has its socket; `None` if there is none.
+    pub(crate) async fn engine(&self, container: &ProcessId) -> Option<OwnedFd> {
+        self.link.engine(Request::Engine(container.clone())).await
+    }
+
     /// Asks the host's name servers for a container; the question and the answer are whole DNS messages. `None` if there is no answer.
     async fn question(
         &self,

@@ -47,6 +47,9 @@ pub(crate) async fn relay(container: OwnedFd, host: OwnedFd) {
 }
 
 fn prepare(container: &OwnedFd) -> rustix::io::Result<()> {
+    if sockopt::socket_domain(container)? == AddressFamily::UNIX {
+        return Ok(());
+    }
     sockopt::set_tcp_nodelay(container, true)?;
     sockopt::set_socket_keepalive(container, true)?;
     sockopt::set_tcp_keepidle(container, KEEPALIVE_IDLE)?;

@@ -1,10 +1,14 @@
 //! The trees of the host that a container mounts: opened and granted to its sandbox at each start, taken back when the run is over.
 
-use coracle_agent_api::{BindMount, TreeName};
+use coracle_agent_api::{BindMount, TreeName, TreeSource};
 
 use super::Actor;
 use crate::{
-    container::{mounts::source, names, record::ContainerId},
+    container::{
+        mounts::source,
+        names,
+        record::{Bind, ContainerId},
+    },
     error::{Error, Result, chain},
     sandbox::TreeGrant,
     sandboxes::Host,
@@ -22,17 +26,25 @@ impl Actor {
             return Ok(Vec::new());
         }
         let (binds, sockets) = (self.record.binds.clone(), self.core.sockets());
-        let open = move || binds.iter().map(|bind| source::open(bind, &sockets)).collect::<Result<Vec<_>>>();
+        let open = move || {
+            let opened = |bind: &Bind| (!bind.engine).then(|| source::open(bind, &sockets)).transpose();
+            binds.iter().map(opened).collect::<Result<Vec<_>>>()
+        };
         let opened = tokio::task::spawn_blocking(open).await??;
         // A name of its own for each start: a guest may remember what it knew by a name.
         let start = names::new_id();
         let mut mounts = Vec::with_capacity(opened.len());
         for (number, opened) in opened.into_iter().enumerate() {
             let bind = &self.record.binds[number];
+            let (path, readonly) = (bind.path.clone(), bind.readonly);
+            let Some(opened) = opened else {
+                self.container.has_engine.send_replace(true);
+                mounts.push(BindMount { source: TreeSource::Engine, path, readonly });
+                continue;
+            };
             let name = format!("{}-{}-{number}", self.record.id, start.short());
             let name = TreeName::try_from(name).map_err(|error| Error::internal(error.to_string()))?;
             let grant = TreeGrant { name: name.clone(), kind: opened.kind, read_only: bind.readonly };
-            let (path, readonly) = (bind.path.clone(), bind.readonly);
             // Before it is there, so that it is taken back also if no one hears of it.
             self.trees.push(name);
             let source = host.grant(&grant, opened.tree).await?;
@@ -49,6 +61,7 @@ impl Actor {
 
     /// Takes back what was granted. What cannot be taken back now is tried again the next time.
     pub(super) async fn revoke_trees(&mut self, host: &Host) {
+        self.container.has_engine.send_replace(false);
         let mut left = Vec::new();
         for name in std::mem::take(&mut self.trees) {
             if let Err(error) = host.revoke(&name).await {
@@ -64,6 +77,7 @@ impl Actor {
         if self.record.binds.is_empty() {
             return;
         }
+        self.container.has_engine.send_replace(self.record.binds.iter().any(|bind| bind.engine));
         match host.grants().await {
             Ok(grants) => {
                 let ours = |name: &TreeName| container_of(name).as_ref() == Some(&self.record.id);

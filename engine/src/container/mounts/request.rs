@@ -85,8 +85,11 @@ fn bind_mode(source: &str, path: &str, mode: &str, options: &Mode<'_>) -> Result
     if options.no_copy {
         return Err(not_of("bind", "VolumeOptions"));
     }
+    let source = bind_source(source)?;
     Ok(Bind {
-        source: bind_source(source)?,
+        engine: source::is_engine_socket(&source),
+        within: Vec::new(),
+        source,
         path: target("bind", path)?,
         readonly: options.readonly,
         create: true,
@@ -143,8 +146,11 @@ fn bind(mount: &MountRequest) -> Result<Bind> {
     if options.read_only_force_recursive && !mount.read_only {
         return Err(wrong("bind", "ReadOnlyForceRecursive must not be set without ReadOnly"));
     }
+    let source = bind_source(&mount.source)?;
     Ok(Bind {
-        source: bind_source(&mount.source)?,
+        engine: source::is_engine_socket(&source),
+        within: Vec::new(),
+        source,
         path,
         readonly: mount.read_only,
         create: options.create_mountpoint,
@@ -224,9 +230,7 @@ fn propagation(word: &str) -> Result<String> {
 
 /// A place on the host, cleaned.
 fn bind_source(path: &str) -> Result<String> {
-    let path = absolute(path).map(clean).map_err(|error| wrong("bind", &error.to_string()))?;
-    source::check_name(&path)?;
-    Ok(path)
+    absolute(path).map(clean).map_err(|error| wrong("bind", &error.to_string()))
 }
 
 /// A place in a container, cleaned.
@@ -349,7 +353,10 @@ mod tests {
             let Mount::Bind(bind) = bind_or_volume(text).unwrap() else { panic!("{text}") };
             assert_eq!((bind.source.as_str(), bind.path.as_str()), (source, path), "{text}");
             assert_eq!((bind.readonly, bind.propagation.as_str()), (readonly, propagation), "{text}");
-            assert!(bind.create, "{text}");
+            assert!(bind.create && !bind.engine, "{text}");
+        }
+        for text in ["/var/run/docker.sock:/var/run/docker.sock:ro", "/run//docker.sock:/x"] {
+            assert!(matches!(bind_or_volume(text), Ok(Mount::Bind(bind)) if bind.engine), "{text}");
         }
     }
 
@@ -383,8 +390,7 @@ mod tests {
             assert_eq!(error.status(), 400, "{bad}");
             assert!(error.to_string().contains(words), "{bad}: {error}");
         }
-        for unsupported in ["/a:/b:shared", "/a:/b:rslave", "/var/run/docker.sock:/x", "/run//docker.sock:/x"]
-        {
+        for unsupported in ["/a:/b:shared", "/a:/b:rslave"] {
             assert_eq!(bind_or_volume(unsupported).unwrap_err().status(), 501, "{unsupported}");
         }
     }
@@ -440,7 +446,6 @@ mod tests {
             (r#"{"Type":"bind","Target":"/x"}"#, 400, "field Source must not be empty"),
             (r#"{"Type":"bind","Source":"a","Target":"/x"}"#, 400, "'a' mount path must be absolute"),
             (r#"{"Type":"bind","Source":"/a","Target":"/"}"#, 400, "destination can't be '/'"),
-            (r#"{"Type":"bind","Source":"/run/docker.sock","Target":"/x"}"#, 501, "docker.sock"),
             (
                 r#"{"Type":"bind","Source":"/a","Target":"/x","BindOptions":{"Propagation":"fly"}}"#,
                 400,

@@ -7,11 +7,11 @@ use std::{
         fd::OwnedFd,
         unix::fs::{DirBuilderExt, MetadataExt},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, fstat, openat},
+    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2},
     io::Errno,
 };
 
@@ -22,8 +22,7 @@ use crate::{
     sandbox::TreeKind,
 };
 
-/// Where clients look for Docker's socket. What is there is no matter: as a directory that is made for want of anything, it would be in the
-/// way of a daemon later.
+/// Where clients look for Docker's socket: the engine's own is meant, wherever that is.
 const DOCKER_SOCKETS: [&str; 2] = ["/var/run/docker.sock", "/run/docker.sock"];
 
 /// What a bind mount mounts.
@@ -34,57 +33,105 @@ pub(crate) struct Source {
     pub(crate) tree: OwnedFd,
 }
 
-/// Refuses what has a meaning of its own by its name, cleaned.
-pub(super) fn check_name(path: &str) -> Result<()> {
-    if DOCKER_SOCKETS.contains(&path) { Err(no_engine_socket(path)) } else { Ok(()) }
+/// Whether a path, cleaned, means the engine's own socket.
+pub(super) fn is_engine_socket(path: &str) -> bool {
+    DOCKER_SOCKETS.contains(&path)
 }
 
 /// What can be said of a source before its container is started: that it is there, if it must be, and that it can be mounted.
 pub(crate) fn check(bind: &Bind, engine_sockets: &[PathBuf]) -> Result<()> {
-    match std::fs::metadata(&bind.source) {
-        Ok(found) => {
-            kind(bind, FileType::from_raw_mode(found.mode()), (found.dev(), found.ino()), engine_sockets)
-                .map(drop)
-        }
-        Err(_) if bind.create => Ok(()),
-        Err(error) => Err(not_there(bind, &error)),
+    match find(bind) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && bind.create => Ok(()),
+        found => examine(bind, found, engine_sockets).map(drop),
     }
 }
 
 /// Opens a source; makes it, if that is asked for and there is nothing.
 pub(crate) fn open(bind: &Bind, engine_sockets: &[PathBuf]) -> Result<Source> {
-    let tree = match open_path(&bind.source) {
+    let found = match find(bind) {
         Err(error) if error.kind() == io::ErrorKind::NotFound && bind.create => {
-            make(&bind.source)?;
-            open_path(&bind.source)
+            make(bind).map_err(|error| {
+                let path = shown(&bind.source);
+                Error::internal(format!(
+                    "error while creating mount source path '{path}': mkdir {path}: {}",
+                    words(&error)
+                ))
+            })?;
+            find(bind)
         }
-        opened => opened,
+        found => found,
     };
-    let tree = tree.map_err(|error| not_there(bind, &error))?;
-    let found = fstat(&tree).map_err(|error| not_there(bind, &error.into()))?;
-    let kind =
-        kind(bind, FileType::from_raw_mode(found.st_mode), (found.st_dev, found.st_ino), engine_sockets)?;
+    examine(bind, found, engine_sockets)
+}
+
+fn examine(bind: &Bind, found: io::Result<OwnedFd>, engine_sockets: &[PathBuf]) -> Result<Source> {
+    let tree = found.map_err(|error| not_there(bind, &error))?;
+    let stat = fstat(&tree).map_err(|error| not_there(bind, &error.into()))?;
+    let kind = kind(bind, FileType::from_raw_mode(stat.st_mode), (stat.st_dev, stat.st_ino), engine_sockets)?;
     Ok(Source { kind, tree })
 }
 
-fn open_path(path: &str) -> io::Result<OwnedFd> {
-    loop {
-        match openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
-            Err(Errno::INTR) => {}
-            opened => return Ok(opened?),
-        }
+/// A handle to what is there.
+fn find(bind: &Bind) -> io::Result<OwnedFd> {
+    match within(bind)? {
+        None => open_path(&bind.source),
+        Some((root, rest)) if rest.as_os_str().is_empty() => Ok(root),
+        Some((root, rest)) => beneath(&root, rest),
     }
 }
 
-fn make(path: &str) -> Result<()> {
-    let made = std::fs::DirBuilder::new().recursive(true).mode(0o755).create(path);
-    made.map_err(|error| {
-        let path = shown(path);
-        Error::internal(format!(
-            "error while creating mount source path '{path}': mkdir {path}: {}",
-            words(&error)
-        ))
-    })
+fn make(bind: &Bind) -> io::Result<()> {
+    let Some((root, rest)) = within(bind)? else {
+        return std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&bind.source);
+    };
+    let mut here = PathBuf::new();
+    let mut directory = root.try_clone()?;
+    for name in rest.components() {
+        here.push(name);
+        directory = match beneath(&root, &here) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                mkdirat(&directory, name.as_os_str(), Mode::from_raw_mode(0o755))?;
+                beneath(&root, &here)?
+            }
+            found => found?,
+        };
+    }
+    Ok(())
+}
+
+/// The innermost tree that a source must not lead out of, and the way in it.
+fn within(bind: &Bind) -> io::Result<Option<(OwnedFd, &Path)>> {
+    let Some((outermost, inner)) = bind.within.split_first() else { return Ok(None) };
+    let (mut root, mut here) = (open_path(outermost)?, Path::new(outermost));
+    for next in inner.iter().map(Path::new) {
+        let rest = next.strip_prefix(here).map_err(io::Error::other)?;
+        if !rest.as_os_str().is_empty() {
+            root = beneath(&root, rest)?;
+        }
+        here = next;
+    }
+    let rest = Path::new(&bind.source).strip_prefix(here).map_err(io::Error::other)?;
+    Ok(Some((root, rest)))
+}
+
+fn open_path(path: &str) -> io::Result<OwnedFd> {
+    retried(|| openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()))
+}
+
+/// Links are followed as far as they stay in the tree.
+fn beneath(root: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    retried(|| openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve))
+}
+
+fn retried(open: impl Fn() -> rustix::io::Result<OwnedFd>) -> io::Result<OwnedFd> {
+    loop {
+        match open() {
+            // The kernel saw a rename elsewhere while it walked; nothing is known yet.
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            opened => return Ok(opened?),
+        }
+    }
 }
 
 /// What a file can be mounted as; `id` is its device and its inode.
@@ -93,11 +140,11 @@ fn kind(bind: &Bind, found: FileType, id: (u64, u64), engine_sockets: &[PathBuf]
         FileType::Directory => return Ok(TreeKind::Directory),
         FileType::RegularFile => return Ok(TreeKind::File),
         FileType::Socket => {
-            let is_same = |socket: &PathBuf| {
+            let is_same = |socket: &Path| {
                 std::fs::metadata(socket).is_ok_and(|socket| (socket.dev(), socket.ino()) == id)
             };
-            if engine_sockets.iter().any(is_same) {
-                return Err(no_engine_socket(&bind.source));
+            if let Some(socket) = engine_sockets.iter().find(|socket| is_same(socket)) {
+                return Err(not_by_that_name(&bind.source, socket));
             }
             ("a socket", "let the service listen on a TCP port, and reach it as host.docker.internal")
         }
@@ -113,10 +160,11 @@ fn kind(bind: &Bind, found: FileType, id: (u64, u64), engine_sockets: &[PathBuf]
     )))
 }
 
-fn no_engine_socket(path: &str) -> Error {
+fn not_by_that_name(path: &str, socket: &Path) -> Error {
     Error::unsupported(format!(
-        "a bind mount of the engine's socket ({}) is not supported by Coracle yet: run what is to drive the engine on the host",
-        shown(path)
+        "{} is the engine's own socket: name it /var/run/docker.sock or {} to mount it",
+        shown(path),
+        socket.display()
     ))
 }
 
@@ -125,6 +173,11 @@ fn not_there(bind: &Bind, error: &io::Error) -> Error {
     Error::invalid(match error.kind() {
         io::ErrorKind::NotFound => {
             format!("invalid mount config for type \"bind\": bind source path does not exist: {path}")
+        }
+        _ if error.raw_os_error() == Some(Errno::XDEV.raw_os_error()) => {
+            format!(
+                "invalid mount config for type \"bind\": {path} leads out of what the asking container has"
+            )
         }
         _ => format!("invalid mount config for type \"bind\": stat {path}: {}", words(error)),
     })
@@ -138,12 +191,9 @@ fn words(error: &io::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        os::unix::{
-            fs::{PermissionsExt, symlink},
-            net::UnixListener,
-        },
-        path::Path,
+    use std::os::unix::{
+        fs::{PermissionsExt, symlink},
+        net::UnixListener,
     };
 
     use super::*;
@@ -156,7 +206,42 @@ mod tests {
             create,
             mode: String::new(),
             propagation: "rprivate".to_owned(),
+            engine: false,
+            within: Vec::new(),
         }
+    }
+
+    #[test]
+    fn what_a_container_asks_for_stays_in_what_it_has() {
+        let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::create_dir(dir.path().join("sub")).unwrap();
+        symlink("sub", dir.path().join("inside")).unwrap();
+        symlink(other.path(), dir.path().join("outside")).unwrap();
+        symlink("../../../../..", dir.path().join("up")).unwrap();
+        let within = vec![dir.path().to_str().unwrap().to_owned()];
+        let bind = |path: &str| Bind { within: within.clone(), ..bind(&dir.path().join(path), true) };
+        for good in ["", "sub", "inside", "inside/new/deep"] {
+            assert_eq!(open(&bind(good), &[]).unwrap().kind, TreeKind::Directory, "{good}");
+        }
+        assert!(dir.path().join("sub/new/deep").is_dir());
+        for bad in ["outside", "outside/new", "up", "up/etc"] {
+            for error in [open(&bind(bad), &[]).unwrap_err(), check(&bind(bad), &[]).unwrap_err()] {
+                assert_eq!(error.status(), 400, "{bad}");
+                assert!(error.to_string().contains("leads out of"), "{bad}: {error}");
+            }
+        }
+        assert_eq!(std::fs::read_dir(other.path()).unwrap().count(), 0, "nothing was made outside");
+
+        // A container in a container: what the inner one has is less.
+        std::fs::create_dir(dir.path().join("beside")).unwrap();
+        symlink("../beside", dir.path().join("sub/out")).unwrap();
+        let nested = |path: &str| {
+            let mut bind = bind(path);
+            bind.within.push(dir.path().join("sub").to_str().unwrap().to_owned());
+            open(&bind, &[])
+        };
+        assert!(nested("sub/new").is_ok() && nested("sub").is_ok() && open(&bind("sub/out"), &[]).is_ok());
+        assert!(nested("sub/out").unwrap_err().to_string().contains("leads out of"));
     }
 
     #[test]
@@ -217,6 +302,6 @@ mod tests {
         let link = dir.path().join("link");
         symlink(&socket, &link).unwrap();
         let error = open(&bind(&link, true), &[socket]).unwrap_err().to_string();
-        assert!(error.contains("the engine's socket"), "{error}");
+        assert!(error.contains("is the engine's own socket"), "{error}");
     }
 }
