@@ -112,8 +112,8 @@ fn bench(arguments: &[String]) -> Result<()> {
         }
     }
     let kernel = host::kernel().context("there is no guest kernel: `cargo xtask guest` builds it")?;
-    let ours =
-        Vm::boot(&kernel, &Options { vcpus: VCPUS, memory_mib: MEMORY_MIB, serial: false, keep: false });
+    let options = Options { vcpus: VCPUS, memory_mib: MEMORY_MIB, serial: false, keep: false, files: false };
+    let ours = Vm::boot(&kernel, &options);
     let theirs = Qemu::start(&kernel, &initramfs::build(), VCPUS, MEMORY_MIB)?;
     let server = work::TcpServer::start()?;
     let (to_ours, to_theirs) = (|| File::from(OwnedFd::from(ours.connect(guest::PORT))), || theirs.connect());
