@@ -128,8 +128,10 @@ fn reserve(len: usize, file: Option<FileOffset>) -> std::io::Result<MmapRegion> 
         unsafe { libc::munmap(start, len) };
         return Err(error);
     }
-    // SAFETY: the range is the mapping that was just made; the advice changes no contents. A host without huge pages refuses it.
-    unsafe { libc::madvise(start, len, libc::MADV_HUGEPAGE) };
+    if len >= HUGE {
+        // SAFETY: the range is the mapping that was just made; the advice changes no contents. A host without huge pages refuses it.
+        unsafe { libc::madvise(start, len, libc::MADV_HUGEPAGE) };
+    }
     let mut builder = MmapRegionBuilder::new(len).with_mmap_prot(protection).with_mmap_flags(flags);
     if let Some(place) = file {
         builder = builder.with_file_offset(place);

@@ -14,6 +14,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
 
+use super::ledger::Ledger;
 use super::requests::Requests;
 use super::ring::Ring;
 use super::{MAX_QUEUE_SIZE, MAX_QUEUES, Memory};
@@ -68,6 +69,7 @@ impl Frontend {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     fn map(region: &VhostUserMemoryRegion, file: File) -> Result<(GuestRegionMmap, Mapping)> {
@@ -262,8 +264,13 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         unsupported()
     }
 
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        unsupported()
+    /// The memory must be new: there is nothing that an earlier server left.
+    fn set_inflight_fd(&mut self, request: &VhostUserInflight, file: File) -> Result<()> {
+        let mut ledgers = Ledger::open(request, file)?.into_iter();
+        for ring in &mut self.rings {
+            ring.set_ledger(ledgers.next());
+        }
+        Ok(())
     }
 
     fn set_device_state_fd(

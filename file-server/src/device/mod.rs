@@ -4,6 +4,7 @@
 //! rings and messages are hostile. Guest memory is only accessed through `vm-memory`.
 
 mod frontend;
+mod ledger;
 mod requests;
 mod ring;
 

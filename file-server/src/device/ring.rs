@@ -14,6 +14,7 @@ use vhost::vhost_user::{Error, Result};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 
+use super::ledger::Ledger;
 use super::requests::{Chain, Requests};
 use super::{MAX_QUEUE_SIZE, Memory};
 
@@ -32,6 +33,8 @@ struct State {
     call: Option<OwnedFd>,
     /// Tells the front end that the ring is broken.
     complaints: Option<OwnedFd>,
+    /// What is in hand, if the front end wants to know.
+    ledger: Option<Ledger>,
     /// A ring that makes no sense is left alone until it is set up again.
     broken: bool,
     /// How many requests other threads have in hand.
@@ -50,6 +53,7 @@ impl State {
             queue: new_queue(),
             call: None,
             complaints: None,
+            ledger: None,
             broken: false,
             handed_over: 0,
             stalled: false,
@@ -113,6 +117,10 @@ impl Ring {
         self.shared.lock().complaints = complaints;
     }
 
+    pub(super) fn set_ledger(&mut self, ledger: Option<Ledger>) {
+        self.shared.lock().ledger = ledger;
+    }
+
     /// Serves the ring upon kicks.
     pub(super) fn start(&mut self, kick: OwnedFd) -> io::Result<()> {
         self.stop_thread();
@@ -156,7 +164,7 @@ impl Ring {
         self.stop_thread();
         let mut state = self.shared.wait_idle();
         state.queue.set_ready(false);
-        (state.call, state.complaints) = (None, None);
+        (state.call, state.complaints, state.ledger) = (None, None, None);
     }
 
     pub(super) fn reset(&mut self) {
@@ -251,19 +259,26 @@ impl Shared {
             state.stalled = true;
             return None;
         }
-        if let Some(chain) = state.queue.pop_descriptor_chain(memory.clone()) {
-            return Some(chain);
-        }
-        let more = match state.queue.enable_notification(&*memory) {
-            Ok(false) => return None,
-            Ok(true) => state.queue.pop_descriptor_chain(memory),
-            Err(_) => None,
+        let taken = state.queue.pop_descriptor_chain(memory.clone());
+        let taken = match taken {
+            Some(chain) => Some(chain),
+            None => {
+                let more = match state.queue.enable_notification(&*memory) {
+                    Ok(false) => return None,
+                    Ok(true) => state.queue.pop_descriptor_chain(memory),
+                    Err(_) => None,
+                };
+                // An index that says there is something where nothing can be taken.
+                if more.is_none() {
+                    state.give_up();
+                }
+                more
+            }
         };
-        // An index that says there is something where nothing can be taken.
-        if more.is_none() {
-            state.give_up();
+        if let (Some(chain), Some(ledger)) = (&taken, &mut state.ledger) {
+            ledger.taken(chain.head_index());
         }
-        more
+        taken
     }
 
     /// The same for a request that was handed over to this thread.
@@ -284,9 +299,15 @@ impl Shared {
         let head = chain.head_index();
         let written = self.requests.answer(&memory, chain);
         let mut state = self.lock();
-        let State { queue, call, .. } = &mut *state;
-        let notify =
-            queue.add_used(&*memory, head, written).and_then(|()| queue.needs_notification(&*memory));
+        let State { queue, call, ledger, .. } = &mut *state;
+        if let Some(ledger) = ledger {
+            ledger.giving_back(head);
+        }
+        let given = queue.add_used(&*memory, head, written);
+        if let Some(ledger) = ledger {
+            ledger.given_back(head, queue.next_used());
+        }
+        let notify = given.and_then(|()| queue.needs_notification(&*memory));
         match notify {
             Ok(true) => {
                 if let Some(call) = call {
@@ -303,10 +324,12 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
+    use std::os::unix::fs::FileExt;
     use std::time::Duration;
 
     use fuse_backend_rs::abi::fuse_abi::Opcode;
     use fuse_backend_rs::api::server::Server;
+    use vhost::vhost_user::message::VhostUserInflight;
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     use super::*;
@@ -341,12 +364,25 @@ mod tests {
         for head in 0..u64::from(SIZE) {
             let descriptor = [REQUEST.to_le_bytes(), 40u64.to_le_bytes()].concat();
             memory.memory().write_slice(&descriptor, GuestAddress(16 * head)).unwrap();
+            memory.memory().write_obj(head as u16, GuestAddress(AVAILABLE + 4 + 2 * head)).unwrap();
         }
         memory.memory().write_obj(Opcode::Fsync as u32, GuestAddress(REQUEST + 4)).unwrap();
         let files = Exported::new(Proc::ABSOLUTE, Identity::of_process().unwrap(), 64);
         let (requests, waiting) = Requests::unattended(Server::new(Arc::new(files)));
         let requests = Arc::new(requests);
         let (mut ring, mut other) = (ring(&memory, &requests), ring(&memory, &requests));
+        let region = 16 + 16 * u64::from(SIZE);
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(region).unwrap();
+        let request = VhostUserInflight::new(region, 0, 1, SIZE);
+        ring.set_ledger(Ledger::open(&request, file.try_clone().unwrap()).unwrap().pop());
+        // So many are in hand, and the used index is this.
+        let ledger = || {
+            let mut bytes = vec![0; region as usize];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            let taken = bytes[16..].chunks(16).filter(|entry| entry[0] != 0).count();
+            (taken, u16::from_ne_bytes([bytes[14], bytes[15]]))
+        };
         // A guest that offers its descriptors again before it has them back.
         for all in [SIZE, 2 * SIZE] {
             offer(&memory, all);
@@ -354,6 +390,7 @@ mod tests {
         }
         let mut in_hand: VecDeque<_> = waiting.try_iter().collect();
         assert_eq!(in_hand.len(), usize::from(SIZE));
+        assert_eq!(ledger(), (usize::from(SIZE), 0));
         other.stop();
         // Whenever one is finished, another one is taken.
         let kick = eventfd(1, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
@@ -363,9 +400,11 @@ mod tests {
             finished.ring.finish_handed_over(finished.chain);
             in_hand.push_back(waiting.recv_timeout(Duration::from_secs(10)).unwrap());
         }
+        assert_eq!(ledger(), (usize::from(SIZE), SIZE));
         for finished in in_hand {
             finished.ring.finish_handed_over(finished.chain);
         }
+        assert_eq!(ledger(), (0, 2 * SIZE));
         ring.stop();
         assert_eq!(memory.memory().read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 2 * SIZE);
     }

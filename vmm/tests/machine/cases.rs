@@ -279,10 +279,15 @@ fn files(kernel: &Path) {
 fn files_lost(kernel: &Path) {
     let mut vm = Vm::boot(kernel, &Options { files: true, ..Options::default() });
     assert_eq!(vm.ask("mount-files"), "0");
+    std::fs::write(vm.files.as_ref().unwrap().tree.join("file"), "content").unwrap();
+    assert_eq!(vm.ask("get /mnt/tree/file"), "ok\ncontent");
     let files = vm.files.as_mut().unwrap();
-    std::fs::write(files.tree.join("file"), "content").unwrap();
     files.child.kill().unwrap();
     files.child.wait().unwrap();
+    // Whoever wants a file is told that there is none.
+    for _ in 0..3 {
+        assert_eq!(vm.ask("get /mnt/tree/file"), libc::ENOTCONN.to_string());
+    }
     assert_eq!(vm.ask("cpus"), "1");
     vm.client.stop().unwrap();
     assert_eq!(vm.end(), (ExitReason::Stopped, true));

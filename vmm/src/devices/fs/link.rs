@@ -22,6 +22,7 @@ use virtio_queue::QueueT;
 use vm_memory::{ByteValued, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::ledger::Ledger;
 use crate::devices::Activation;
 use crate::memory::Memory;
 use crate::sys::borrow_event;
@@ -76,9 +77,11 @@ impl Link {
             return Err(LinkError::Lacks("protocol features"));
         }
         let offered = talk.ask::<VhostUserU64>(FrontendReq::GET_PROTOCOL_FEATURES, &[])?.value;
-        let wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+        let wanted = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
         if offered & wanted.bits() != wanted.bits() {
-            return Err(LinkError::Lacks("several queues, or answers to all requests"));
+            return Err(LinkError::Lacks("several queues, answers to all requests, or a ledger"));
         }
         // From here on all requests are answered.
         let wanted = VhostUserU64::new(wanted.bits());
@@ -96,8 +99,13 @@ impl Link {
         self.socket.as_fd()
     }
 
-    /// Gives the back end guest memory and the rings. It says by `complaints` that one is broken.
-    pub(super) fn start(&self, activation: &Activation, complaints: &EventFd) -> Result<(), LinkError> {
+    /// Gives the back end guest memory and the rings. It says by `complaints` that one is broken, and keeps the ledger.
+    pub(super) fn start(
+        &self,
+        activation: &Activation,
+        complaints: &EventFd,
+        ledger: &Ledger,
+    ) -> Result<(), LinkError> {
         let Activation { memory, queues, features, signals } = activation;
         if features & !self.features != 0 {
             return Err(LinkError::Lacks("features that the driver was offered"));
@@ -106,6 +114,10 @@ impl Link {
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         talk.tell_number(FrontendReq::SET_FEATURES, features | protocol, &[])?;
         talk.share(memory)?;
+        ledger.clear();
+        if let Some((request, memory)) = ledger.describe(queues.len()) {
+            talk.tell(FrontendReq::SET_INFLIGHT_FD, request.as_slice(), &[memory])?;
+        }
         let line = borrow_event(signals.lend_line());
         for (index, active) in (0u32..).zip(queues) {
             let queue = &active.queue;
@@ -295,7 +307,8 @@ pub(super) fn fuzz(activation: &Activation, answers: &[u8]) {
     theirs.shutdown(std::net::Shutdown::Write).expect("a socket can be shut down");
     if let Ok(link) = Link::introduce(Arc::new(ours.into()), 2) {
         let complaints = EventFd::new(EFD_NONBLOCK).expect("an event");
-        let _ = link.start(activation, &complaints);
+        let ledger = Ledger::new().expect("memory");
+        let _ = link.start(activation, &complaints, &ledger);
         let _ = link.stop(2);
     }
 }

@@ -3,8 +3,10 @@
 //! has it: kicks go from the hypervisor straight to the server, and its interrupts straight back.
 //!
 //! The server is trusted with the guest's memory and with nothing else: what it says is checked, and it may hang or die at any time. A
-//! processor waits for it at most [`RESET_LIMIT`], when the driver resets the device.
+//! processor waits for it at most [`RESET_LIMIT`], when the driver resets the device. When it is gone, the thread answers in its place that
+//! nothing is there any more, also what it had in hand (`ledger`): a driver of virtio-fs has no other way to end a request.
 
+mod ledger;
 mod link;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -24,6 +26,8 @@ use super::worker::{Command, Commands, SpawnError, spawn};
 use super::{Activation, VirtioDevice};
 use crate::control::FILE_SYSTEM_TAG;
 use crate::jail::Role;
+use crate::memory::MemoryError;
+use ledger::Ledger;
 
 const DEVICE_TYPE: u32 = 26;
 const NAME: &str = "files";
@@ -42,6 +46,8 @@ pub(crate) enum FsError {
     NotAStream,
     #[error("cannot make an event for the file system's device")]
     Event(#[source] std::io::Error),
+    #[error("cannot keep a ledger with the file server")]
+    Ledger(#[source] MemoryError),
     #[error(transparent)]
     Spawn(#[from] SpawnError),
 }
@@ -69,9 +75,9 @@ impl Fs {
         let socket = Arc::new(socket);
         let queues = 1 + usize::try_from(vcpus).unwrap_or(1).clamp(1, QUEUE_SIZES.len() - 1);
         let complaints = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(FsError::Event)?;
-        let for_thread = Arc::clone(&socket);
-        let (commands, thread) =
-            spawn(NAME, Role::Files, move |inbox| worker::run(&inbox, for_thread, queues, complaints))?;
+        let ledger = Ledger::new().map_err(FsError::Ledger)?;
+        let mut worker = worker::Worker::new(Arc::clone(&socket), complaints, ledger);
+        let (commands, thread) = spawn(NAME, Role::Files, move |inbox| worker.run(&inbox, queues))?;
         let (to_stop, to_end) = (commands.clone(), Arc::clone(&socket));
         let stop = move || {
             to_stop.send(Command::Stop);

@@ -14,6 +14,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use vhost::vhost_user::message::FrontendReq;
+use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::tests::ring::{Ring, WRITABLE};
@@ -35,12 +36,12 @@ pub(crate) fn with_real_server() -> (Fs, impl Fn(), JoinHandle<()>) {
     Fs::new(ours.into(), 2).unwrap()
 }
 
-/// The real server without its process, and what it exports.
-fn serve(frontend: UnixStream) -> Arc<Exported> {
+/// The real server without its process: what it exports, and its thread.
+fn serve(frontend: UnixStream) -> (Arc<Exported>, JoinHandle<()>) {
     let files = Arc::new(Exported::new(Proc::ABSOLUTE, Identity::of_process().unwrap(), 1024));
     let exported = Arc::clone(&files);
-    std::thread::spawn(move || coracle_file_server::device::serve(files, frontend).unwrap());
-    exported
+    let serve = move || coracle_file_server::device::serve(files, frontend).unwrap();
+    (exported, std::thread::spawn(serve))
 }
 
 fn grant(files: &Exported, name: &str, path: &Path) {
@@ -127,6 +128,12 @@ impl Driver {
         assert_eq!(self.ask(FUSE_INIT, 0, body.as_flattened()).0, 0);
     }
 
+    fn expect_refusals(&mut self) {
+        for _ in 0..3 {
+            assert_eq!(self.ask(FUSE_LOOKUP, 1, b"name\0").0, -libc::ENOTCONN);
+        }
+    }
+
     fn look_up(&mut self, parent: u64, name: &str) -> Result<u64, i32> {
         let (error, reply) = self.ask(FUSE_LOOKUP, parent, &[name.as_bytes(), b"\0"].concat());
         if error == 0 { Ok(u64::from_le_bytes(reply[..8].try_into().unwrap())) } else { Err(-error) }
@@ -158,7 +165,7 @@ impl Drop for Driver {
 #[test]
 fn a_driver_sees_what_is_granted_and_may_reset_the_device_and_go_on() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let files = serve(theirs);
+    let (files, _) = serve(theirs);
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("inside")).unwrap();
     grant(&files, "tree", folder.path());
@@ -172,7 +179,8 @@ fn a_driver_sees_what_is_granted_and_may_reset_the_device_and_go_on() {
         assert!(driver.look_up(tree, "inside").is_ok());
         assert_eq!(driver.look_up(tree, "outside"), Err(libc::ENOENT));
         driver.reset();
-        // Nobody looks at the rings now.
+        // An interrupt may have come for what was seen already; nobody looks at the rings now.
+        let _ = driver.line.read();
         driver.kicks[1].write(1).unwrap();
         assert!(driver.line.read().is_err());
         driver.kicks[1].read().unwrap();
@@ -205,8 +213,8 @@ fn a_descriptor_that_is_no_stream_is_refused() {
     }
 }
 
-/// A request as it came: what, its body, and how many descriptors.
-type Asked = (u32, Vec<u8>, usize);
+/// A request as it came: what, its body, and its descriptors.
+type Asked = (u32, Vec<u8>, Vec<OwnedFd>);
 
 /// The next request, or none after the end.
 fn next(stream: &UnixStream) -> Option<Asked> {
@@ -218,8 +226,8 @@ fn next(stream: &UnixStream) -> Option<Asked> {
     Some((u32::from_ne_bytes(header[..4].try_into().unwrap()), body, fds))
 }
 
-fn receive(stream: &UnixStream, buffer: &mut [u8]) -> Option<usize> {
-    let (mut done, mut fds) = (0, 0);
+fn receive(stream: &UnixStream, buffer: &mut [u8]) -> Option<Vec<OwnedFd>> {
+    let (mut done, mut fds) = (0, Vec::new());
     while done < buffer.len() {
         let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -232,7 +240,7 @@ fn receive(stream: &UnixStream, buffer: &mut [u8]) -> Option<usize> {
         }
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
-                fds += rights.count();
+                fds.extend(rights);
             }
         }
     }
@@ -251,7 +259,7 @@ fn right(stream: &UnixStream, (request, body, _): &Asked) {
         code if code == FrontendReq::SET_PROTOCOL_FEATURES as u32 => return,
         code if code == FrontendReq::GET_VRING_BASE as u32 => return reply(stream, *request, body),
         code if code == FrontendReq::GET_FEATURES as u32 => COMMON_FEATURES | 1 << 30,
-        code if code == FrontendReq::GET_PROTOCOL_FEATURES as u32 => 0b1001,
+        code if code == FrontendReq::GET_PROTOCOL_FEATURES as u32 => 0b1_0000_0000_1001,
         code if code == FrontendReq::GET_QUEUE_NUM as u32 => 9,
         _ => 0,
     };
@@ -316,7 +324,7 @@ fn the_server_is_told_everything_in_order() {
     ];
     let begin =
         [F::GET_FEATURES, F::GET_PROTOCOL_FEATURES, F::SET_PROTOCOL_FEATURES, F::GET_QUEUE_NUM, F::SET_OWNER];
-    let memory = [F::SET_FEATURES, F::SET_MEM_TABLE];
+    let memory = [F::SET_FEATURES, F::SET_MEM_TABLE, F::SET_INFLIGHT_FD];
     let end = [F::SET_VRING_ENABLE, F::SET_VRING_ENABLE, F::GET_VRING_BASE, F::GET_VRING_BASE];
     let expected = [&begin[..], &memory, &ring, &ring, &end].concat();
     assert_eq!(asked.iter().map(|asked| asked.0).collect::<Vec<_>>(), expected.map_codes());
@@ -325,7 +333,8 @@ fn the_server_is_told_everything_in_order() {
     let (_, table, files) = of(F::SET_MEM_TABLE);
     let numbers: Vec<u64> = table.as_chunks::<8>().0.iter().map(|bytes| u64::from_ne_bytes(*bytes)).collect();
     assert_eq!(numbers, [2, 0, 12 << 20, 0, 0, 1 << 32, 2 << 20, 1 << 32, 12 << 20]);
-    assert_eq!((*files, of(F::SET_VRING_KICK).2, of(F::SET_VRING_CALL).2), (2, 1, 1));
+    let counts = [files, &of(F::SET_VRING_KICK).2, &of(F::SET_VRING_CALL).2].map(Vec::len);
+    assert_eq!(counts, [2, 1, 1]);
     assert_eq!(of(F::SET_FEATURES).1, (COMMON_FEATURES | 1 << 30).to_ne_bytes());
 }
 
@@ -340,7 +349,7 @@ impl Codes for Vec<FrontendReq> {
 }
 
 #[rstest::rstest]
-fn a_server_that_fails_breaks_the_device_and_nothing_else(
+fn a_server_that_fails_is_given_up_and_every_request_is_refused(
     #[values(
         FrontendReq::GET_FEATURES,
         FrontendReq::GET_QUEUE_NUM,
@@ -357,21 +366,71 @@ fn a_server_that_fails_breaks_the_device_and_nothing_else(
     // Also when the driver tries again.
     for _ in 0..2 {
         driver.activate();
-        driver.expect_broken();
+        driver.expect_refusals();
         driver.reset();
     }
 }
 
 #[test]
-fn a_server_that_dies_later_breaks_the_device() {
+fn a_server_that_dies_later_leaves_refusals() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let to_kill = theirs.try_clone().unwrap();
-    serve(theirs);
+    let (_, server) = serve(theirs);
     let mut driver = Driver::new(ours);
     driver.activate();
     driver.init();
     to_kill.shutdown(std::net::Shutdown::Both).unwrap();
+    server.join().unwrap();
+    driver.expect_refusals();
+    driver.reset();
+    driver.activate();
+    driver.expect_refusals();
+    // A ring that makes no sense is one here, too.
+    driver.memory.write_obj(1000u16, GuestAddress(0x5000 + 0x1000 + 2)).unwrap();
+    driver.kicks[1].write(1).unwrap();
     driver.expect_broken();
+}
+
+#[test]
+fn what_a_server_had_in_hand_when_it_died_is_refused_as_well() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let to_kill = theirs.try_clone().unwrap();
+    let asked = faulty(theirs, FrontendReq::SET_LOG_BASE, Fault::Hang);
+    let mut driver = Driver::new(ours);
+    driver.activate();
+    let is = |asked: &Asked, request: FrontendReq| asked.0 == request as u32;
+    let (_, _, ledger) = asked.iter().find(|asked| is(asked, FrontendReq::SET_INFLIGHT_FD)).unwrap();
+    assert_eq!(asked.iter().filter(|asked| is(asked, FrontendReq::SET_VRING_ENABLE)).take(2).count(), 2);
+    // Three requests, of which it took the first two and answered the first. It took them long ago: the driver has offered others since.
+    for buffer in 0..3 {
+        let (at, reply) = (REQUEST + 64 * u64::from(buffer), REPLY + 64 * u64::from(buffer));
+        driver.memory.write_slice(&[buffer as u8; 40], GuestAddress(at)).unwrap();
+        driver.rings[1].offer_chain(&driver.memory, buffer, &[(at, 40, 0), (reply, 64, WRITABLE)], true);
+    }
+    let heads = [0u16, 4, 8];
+    let used = driver.rings[1].device_side(true).used_ring();
+    driver.memory.write_obj(u32::from(heads[0]), GuestAddress(used + 4)).unwrap();
+    driver.memory.write_obj(1u16, GuestAddress(used + 2)).unwrap();
+    let ledger = fs::File::from(ledger.into_iter().next().unwrap());
+    let region = 16 + 16 * 512;
+    let entry = |head: u16| region + 16 + 16 * u64::from(head);
+    for (at, bytes) in [(region + 14, 1u16.to_ne_bytes()), (entry(heads[1]), [1, 0])] {
+        std::os::unix::fs::FileExt::write_all_at(&ledger, &bytes, at).unwrap();
+    }
+    to_kill.shutdown(std::net::Shutdown::Both).unwrap();
+    let mut answered = Vec::new();
+    while answered.len() < 3 {
+        match driver.rings[1].take_used(&driver.memory) {
+            Some((buffer, _)) => answered.push(buffer),
+            None => driver.interrupt(),
+        }
+    }
+    assert_eq!(answered, [0, 1, 2]);
+    for buffer in 1..3u64 {
+        let error: i32 = driver.memory.read_obj(GuestAddress(REPLY + 64 * buffer + 4)).unwrap();
+        let number: u64 = driver.memory.read_obj(GuestAddress(REPLY + 64 * buffer + 8)).unwrap();
+        assert_eq!((error, number), (-libc::ENOTCONN, u64::from_ne_bytes([buffer as u8; 8])));
+    }
 }
 
 #[test]
@@ -384,7 +443,8 @@ fn a_server_that_speaks_unasked_is_given_up() {
     let enabled = |asked: &Asked| asked.0 == FrontendReq::SET_VRING_ENABLE as u32;
     assert_eq!(asked.iter().filter(enabled).take(2).count(), 2);
     reply(&speaker, 1, &[0; 8]);
-    driver.expect_broken();
+    drop(speaker);
+    driver.expect_refusals();
 }
 
 #[test]
@@ -403,7 +463,7 @@ fn a_driver_does_not_wait_long_for_a_server_that_hangs() {
         assert!(asked.iter().any(|asked| asked.0 == last as u32));
         driver.reset();
         driver.activate();
-        driver.expect_broken();
+        driver.expect_refusals();
     }
 }
 
