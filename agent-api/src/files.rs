@@ -9,7 +9,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Layer;
+use crate::{Layer, VolumeMount};
 
 /// `Upgrade:` token of work on files.
 pub const FILES_PROTOCOL: &str = "coracle-files";
@@ -24,6 +24,9 @@ pub const MAX_PAYLOAD: u32 = 256 * 1024;
 pub struct FilesRequest {
     /// The container's layers, lowest first, for a container that does not run.
     pub layers: Vec<Layer>,
+    /// The volumes of a container that does not run: work on paths finds in them what it finds when the container runs.
+    #[serde(default)]
+    pub volumes: Vec<VolumeMount>,
     /// What to do.
     pub operation: FilesOperation,
 }

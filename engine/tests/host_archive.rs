@@ -140,6 +140,42 @@ fn links_never_lead_out_of_the_container() {
 }
 
 #[test]
+fn volumes_of_a_container_that_does_not_run_are_where_they_are_when_it_does() {
+    let (machine, daemon) = with_busybox();
+    let here = machine.home.path().join("here");
+    fs::create_dir(&here).unwrap();
+    fs::write(here.join("late"), "put in").unwrap();
+    let out = |name: &str| here.join(name).to_str().unwrap().to_owned();
+    let script = "echo kept > /vol/file; mkdir /vol/deep; echo deeper > /deeper/file; ln -s /vol/file /link";
+    let volumes = ["-v", "one:/vol", "-v", "two:/deeper", "-v", "three:/vol/deep"];
+    daemon.ok(&[&["run", "--name", "done"], &volumes[..], &["busybox", "sh", "-c", script]].concat());
+
+    daemon.ok(&["cp", "done:/vol/file", &out("file")]);
+    assert_eq!(fs::read_to_string(here.join("file")).unwrap(), "kept\n");
+    daemon.ok(&["cp", "-L", "done:/link", &out("followed")]);
+    assert_eq!(fs::read_to_string(here.join("followed")).unwrap(), "kept\n");
+    daemon.ok(&["cp", "done:/deeper", &out("tree")]);
+    assert_eq!(fs::read_to_string(here.join("tree/file")).unwrap(), "deeper\n");
+    daemon.ok(&["cp", &out("late"), "done:/vol/deep/late"]);
+    // What is mounted is no part of the container's own files.
+    assert!(!daemon.ok(&["diff", "done"]).contains("file"));
+    let export = daemon.command(&["export", "done"]);
+    assert!(!listed(export).iter().any(|name| name.starts_with("vol/f")));
+    let read = ["run", "--rm", "-v", "three:/x", "busybox", "cat", "/x/late"];
+    assert_eq!(daemon.ok(&read), "put in");
+
+    // Not yet started: what the image has there is in the volume, and read-only is read-only.
+    daemon.ok(&["create", "--name", "new", "-v", "/bin", "-v", "one:/vol:ro", "busybox", "true"]);
+    daemon.ok(&["cp", "new:/bin/busybox", &out("busybox")]);
+    assert!(here.join("busybox").is_file());
+    let refused = daemon.docker(&["cp", &out("late"), "new:/vol/late"]);
+    assert_eq!(refused.status.code(), Some(1), "{}", text(&refused.stderr));
+    assert!(text(&refused.stderr).contains("ead-only"), "{}", text(&refused.stderr));
+    daemon.ok(&["start", "-a", "new"]);
+    daemon.ok(&["rm", "-v", "done", "new"]);
+}
+
+#[test]
 fn owners_and_kinds_are_kept_or_changed_as_the_client_says() {
     let (machine, daemon) = with_busybox();
     let here = machine.home.path().join("here");

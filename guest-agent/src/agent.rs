@@ -46,6 +46,8 @@ pub(crate) struct Paths {
     pub layers: PathBuf,
     /// An empty directory.
     pub mount_point: PathBuf,
+    /// Roots of stopped containers are mounted below this directory while someone works on their files.
+    pub stopped: PathBuf,
     /// The mounted cgroup2 file system.
     pub cgroup: PathBuf,
     /// Name of the group that holds all containers.
@@ -80,6 +82,7 @@ pub(crate) struct Agent {
     seccomp: Arc<seccomp::Compiler>,
     reaper: Reaper,
     mount_point: String,
+    stopped: PathBuf,
     shm: PathBuf,
     engine_sockets: PathBuf,
     die_with_agent: bool,
@@ -125,6 +128,7 @@ impl Agent {
             seccomp: Arc::default(),
             reaper,
             mount_point,
+            stopped: paths.stopped.clone(),
             shm: paths.shm.clone(),
             engine_sockets: paths.engine_sockets.clone(),
             die_with_agent,

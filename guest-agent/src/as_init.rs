@@ -127,6 +127,7 @@ async fn serve(fork_server: fork_server::Unattached, mut phases: Phases) -> io::
         data: DATA.into(),
         layers: "/layers".into(),
         mount_point: "/root".into(),
+        stopped: "/run/stopped".into(),
         cgroup: CGROUP.into(),
         cgroup_name: "coracle".to_owned(),
         room: Some(ROOM),

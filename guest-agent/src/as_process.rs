@@ -43,6 +43,7 @@ pub fn run(options: &Options) -> io::Result<()> {
     let paths = Paths {
         layers: run.join("layers"),
         mount_point: run.join("root"),
+        stopped: run.join("stopped"),
         cgroup: run.join("cgroup"),
         room: None,
         host_trees: None,

@@ -2,7 +2,7 @@
 
 use coracle_agent_api::{
     ContainerSpec, Endpoint, IpcMode, MIN_IPV6_MTU, Network, ProcessId, ProcessSpec, Resources, TreeSource,
-    WayOut,
+    VolumeMount, WayOut,
 };
 
 use crate::cgroup;
@@ -31,12 +31,7 @@ pub(crate) fn container(spec: &ContainerSpec) -> Result<()> {
         absolute("tmpfs", &mount.path)?;
         child::TmpfsOptions::parse(&mount.options)?;
     }
-    for mount in &spec.volumes {
-        absolute("volume", &mount.path)?;
-        if mount.subpath.starts_with('/') || mount.subpath.contains('\0') {
-            return Err(invalid(format!("the volume's path `{}` is not a relative path", mount.subpath)));
-        }
-    }
+    volumes(&spec.volumes)?;
     for mount in &spec.binds {
         absolute("bind mount", &mount.path)?;
         if let TreeSource::Path { path } = &mount.source {
@@ -192,6 +187,17 @@ pub(crate) fn process(spec: &ProcessSpec) -> Result<()> {
     }
     if spec.oom_score_adj.is_some_and(|score| !(-1000..=1000).contains(&score)) {
         return Err(invalid("oom_score_adj must be between -1000 and 1000"));
+    }
+    Ok(())
+}
+
+/// Whether volumes are mounted at paths that can be.
+pub(crate) fn volumes(mounts: &[VolumeMount]) -> Result<()> {
+    for mount in mounts {
+        absolute("volume", &mount.path)?;
+        if mount.subpath.starts_with('/') || mount.subpath.contains('\0') {
+            return Err(invalid(format!("the volume's path `{}` is not a relative path", mount.subpath)));
+        }
     }
     Ok(())
 }

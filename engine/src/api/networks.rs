@@ -223,7 +223,7 @@ pub(super) fn of_container(core: &Core, record: &Record) -> Value {
             "IPAMConfig": wanted.ipam.as_ref().map_or(Value::Null, |ipam| json!(ipam)),
             "Links": list(&wanted.links),
             "Aliases": list(&wanted.aliases),
-            "MacAddress": mac.unwrap_or_default(),
+            "MacAddress": mac.unwrap_or_else(|| wanted.mac_address.clone()),
             "DriverOpts": if wanted.driver_opts.is_empty() { Value::Null } else { json!(wanted.driver_opts) },
             "GwPriority": wanted.gw_priority,
             "NetworkID": network.as_ref().map(|network| network.id.to_string()).unwrap_or_else(|| attached.network.clone()),

@@ -11,7 +11,7 @@ use super::to_its_end;
 use crate::{
     container::{mounts, options},
     core::Core,
-    error::{Error, Result, chain},
+    error::{Error, Kind, Result, chain},
     http::{Request, Response, body, filters::Filters, version::ApiVersion},
     volumes::Volume,
 };
@@ -37,7 +37,7 @@ pub(crate) async fn create(mut request: Request) -> Result<Response> {
         return Err(Error::unsupported("cluster volumes are not supported by Coracle: use local ones"));
     }
     if !matches!(wanted.driver.as_str(), "" | "local") {
-        return Err(mounts::no_driver(&wanted.driver));
+        return Err(mounts::no_driver(Kind::NotFound, &wanted.driver));
     }
     if let Some(option) = wanted.driver_opts.keys().next() {
         return Err(mounts::no_driver_options(option));

@@ -48,7 +48,12 @@ pub(crate) async fn open(core: &Arc<Core>, container: &Container, operation: Fil
     // Not the container's own use, which ends with its run.
     let layers = Layers { core: Arc::clone(core), host: Arc::clone(&host), user: new_id() };
     let files = core.image_layers(&record.image()).await?;
-    let request = FilesRequest { layers: host.attach(&layers.user, &files).await?, operation };
+    let on_a_path = matches!(
+        operation,
+        FilesOperation::Stat { .. } | FilesOperation::Read { .. } | FilesOperation::Write { .. }
+    );
+    let volumes = if on_a_path { core.volume_mounts(&record)? } else { Vec::new() };
+    let request = FilesRequest { layers: host.attach(&layers.user, &files).await?, volumes, operation };
     let (answer, input) = host.agent().files(&record.id, &request).await?;
     Ok(Work { answer, input, _layers: layers })
 }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     core::Core,
-    error::{Error, Result},
+    error::{Error, Kind, Result},
 };
 use request::{bind_or_volume, destination, mount, target, tmpfs_options};
 pub(crate) use request::{no_driver, no_driver_options};
@@ -71,7 +71,7 @@ pub(crate) struct Wanted {
 /// Checks what a request says, without a look at other containers or at the host.
 pub(super) fn check(config: &Config, host: &HostConfig) -> Result<()> {
     if !matches!(host.volume_driver.as_str(), "" | "local") {
-        return Err(no_driver(&host.volume_driver));
+        return Err(no_driver(Kind::Invalid, &host.volume_driver));
     }
     for path in config.volumes.keys() {
         destination(path)?;
@@ -178,29 +178,26 @@ pub(crate) fn describe(core: &Core, record: &Record) -> Value {
     record.binds.iter().map(bind).chain(record.volumes.iter().map(volume)).chain(tmpfs).collect()
 }
 
-/// Refuses a path in a stopped container that leads into something that is mounted when it runs: what is there without it is not what is
-/// meant.
+/// Refuses a path in a stopped container that leads into a tree of the host that is mounted when it runs: what is there without it is not
+/// what is meant.
 pub(crate) fn check_stopped(record: &Record, path: &str) -> Result<()> {
     let path = clean(path);
     let inside =
         |place: &str| path.strip_prefix(place).filter(|rest| rest.is_empty() || rest.starts_with('/'));
-    let refused = |what: String| {
-        Err(Error::unsupported(format!(
-            "{} is {what}, which Coracle reaches only while the container runs: start it first",
-            shown(&path)
-        )))
-    };
     // The deepest mount is the one that counts.
-    let binds = record.binds.iter().map(|bind| (bind.path.as_str(), Some(bind), ""));
-    let volumes = record.volumes.iter().map(|volume| (volume.path.as_str(), None, volume.volume.as_str()));
+    let binds = record.binds.iter().map(|bind| (bind.path.as_str(), Some(bind)));
+    let volumes = record.volumes.iter().map(|volume| (volume.path.as_str(), None));
     let mounts = binds.chain(volumes).filter_map(|mount| inside(mount.0).map(|rest| (mount, rest)));
-    match mounts.max_by_key(|((place, ..), _)| place.len()) {
-        None => Ok(()),
-        Some(((_, Some(bind), _), rest)) => {
+    match mounts.max_by_key(|((place, _), _)| place.len()) {
+        Some(((_, Some(bind)), rest)) => {
             let on_host = format!("{}{rest}", bind.source.trim_end_matches('/'));
-            refused(format!("{} on the host", shown(&on_host)))
+            Err(Error::unsupported(format!(
+                "{} is {} on the host, which Coracle reaches only while the container runs: start it first",
+                shown(&path),
+                shown(&on_host)
+            )))
         }
-        Some(((_, None, volume), _)) => refused(format!("in the volume {}", shown(volume))),
+        _ => Ok(()),
     }
 }
 

@@ -143,6 +143,7 @@ fn without_nulls(value: Value) -> Value {
             let kept = members.into_iter().filter(|(_, value)| !value.is_null());
             Value::Object(kept.map(|(name, value)| (name, without_nulls(value))).collect())
         }
+        Value::Array(items) => Value::Array(items.into_iter().map(without_nulls).collect()),
         other => other,
     }
 }

@@ -48,6 +48,8 @@ pub(crate) struct ExecConfig {
     pub(crate) attach_stdin: bool,
     pub(crate) attach_stdout: bool,
     pub(crate) attach_stderr: bool,
+    /// Go knows members by their letters in any case, and docker-py writes this one so.
+    #[serde(alias = "detachKeys")]
     pub(crate) detach_keys: String,
     pub(crate) tty: bool,
     pub(crate) env: Vec<String>,

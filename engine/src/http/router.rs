@@ -129,6 +129,9 @@ fn missing(method: &str, path: &[&str]) -> Error {
             "swarm mode is not supported by Coracle: run containers one by one or with Compose"
         }
         (_, ["plugins", ..]) => "plugins are not supported by Coracle",
+        ("DELETE", ["containers", _, _, ..]) => {
+            "removing a link is not supported by Coracle: links go with their containers"
+        }
         ("GET", ["containers", _, "attach", "ws"]) => {
             "attaching by WebSocket is not supported by Coracle: use a hijacked connection"
         }

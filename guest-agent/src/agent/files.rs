@@ -3,11 +3,13 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use coracle_agent_api::files::{FilesOperation, FilesRequest};
-use coracle_agent_api::{ErrorKind, Layer, ProcessId};
+use coracle_agent_api::{ErrorKind, Layer, ProcessId, VolumeMount};
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -16,12 +18,12 @@ use tokio::sync::{Notify, watch};
 
 use super::{Agent, blocking};
 use crate::cgroup::Cgroup;
-use crate::child::{FilesPlace, FilesTask};
+use crate::child::{FilesPlace, FilesTask, RootDir, mount_volumes, open_directory};
 use crate::error::{AtStep, Result, conflict, invalid};
 use crate::fork_server::{OrderRef, TaskFds};
 use crate::layers::{self, LayerUse};
 use crate::processes::{self, watch_fd};
-use crate::{packet, sys};
+use crate::{check, mounts, packet, sys};
 
 /// How long a container's start or end waits for those who still copy; then they are cut off.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
@@ -46,7 +48,20 @@ struct Inner {
 /// A stopped container's root while someone looks at it. The order matters: the layers are in use until it is unmounted.
 struct Stopped {
     root: OwnedFd,
+    _attached: Option<Attached>,
     _layers: LayerUse,
+}
+
+/// Where a root with volumes in it is mounted: the kernel (before 6.15) mounts nothing in what is mounted nowhere itself.
+struct Attached(PathBuf);
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let unmounted = unmount(&self.0, UnmountFlags::DETACH).map_err(std::io::Error::from);
+        if let Err(error) = unmounted.and_then(|()| std::fs::remove_dir(&self.0)) {
+            tracing::error!("unmounting a stopped container's files failed: {error}");
+        }
+    }
 }
 
 /// What a helper works on.
@@ -173,7 +188,7 @@ impl Agent {
         request: FilesRequest,
         running: Option<Arc<AsyncFd<OwnedFd>>>,
     ) -> Result<(Ground, Helper)> {
-        let FilesRequest { layers, operation } = request;
+        let FilesRequest { layers, volumes, operation } = request;
         let (agent, owned) = (self.clone(), id.clone());
         let on_upper = matches!(
             operation,
@@ -182,7 +197,7 @@ impl Agent {
         let (ground, place) = blocking(move || match running {
             _ if on_upper => agent.writable_layer(&owned, &layers),
             Some(pidfd) => Ok((Ground::Running(pidfd), FilesPlace::Running)),
-            None => agent.stopped_root(&owned, &layers),
+            None => agent.stopped_root(&owned, &layers, &volumes),
         })
         .await?;
         let helper = self.spawn_helper(operation, &ground, place).await?;
@@ -197,7 +212,12 @@ impl Agent {
         Ok((Ground::Upper { layer: upper, _below: layers }, FilesPlace::Upper(lower)))
     }
 
-    fn stopped_root(&self, id: &ProcessId, layers: &[Layer]) -> Result<(Ground, FilesPlace)> {
+    fn stopped_root(
+        &self,
+        id: &ProcessId,
+        layers: &[Layer],
+        volumes: &[VolumeMount],
+    ) -> Result<(Ground, FilesPlace)> {
         // The lock is held while it is mounted: the next one must find it.
         let mut inner = self.files.inner();
         if let Some(stopped) = inner.mounted.get(id).and_then(Weak::upgrade) {
@@ -205,9 +225,30 @@ impl Agent {
         }
         let layers = self.layers.hold(layers)?;
         let root = self.storage.mount_root(id, &layers.lower_directories(), false)?;
-        let stopped = Arc::new(Stopped { root, _layers: layers });
+        let attached =
+            if volumes.is_empty() { None } else { Some(self.attach_with_volumes(id, &root, volumes)?) };
+        let stopped = Arc::new(Stopped { root, _attached: attached, _layers: layers });
         inner.mounted.insert(id.clone(), Arc::downgrade(&stopped));
         Ok((Ground::Stopped(stopped), FilesPlace::Stopped))
+    }
+
+    /// Mounts a stopped container's root, and its volumes in it.
+    fn attach_with_volumes(
+        &self,
+        id: &ProcessId,
+        root: &OwnedFd,
+        volumes: &[VolumeMount],
+    ) -> Result<Attached> {
+        let directories = self.volumes.prepare(root, volumes)?;
+        let step = "mount a stopped container's root";
+        let place = self.stopped.join(id.as_str());
+        std::fs::create_dir_all(&place).at_kind(ErrorKind::Internal, step)?;
+        let target = open_directory(&place).at_kind(ErrorKind::Internal, step)?;
+        mounts::attach(root, target).at_kind(ErrorKind::Internal, step)?;
+        let attached = Attached(place);
+        let root = RootDir::new(root.try_clone().at_kind(ErrorKind::Internal, step)?);
+        mount_volumes(&root, volumes, &directories)?;
+        Ok(attached)
     }
 
     async fn spawn_helper(
@@ -353,6 +394,7 @@ impl Work {
 
 fn check(request: &FilesRequest) -> Result<()> {
     layers::check(&request.layers)?;
+    check::volumes(&request.volumes)?;
     let path = match &request.operation {
         FilesOperation::Stat { path } | FilesOperation::Read { path } => path,
         FilesOperation::Write { path, .. } => path,

@@ -208,6 +208,13 @@ fn mount_tmpfs(root: &RootDir, mount: &TmpfsMount) -> Result<()> {
     mounts::attach(made, target).at(step())
 }
 
+/// Mounts the volumes of a container that does not run in its root, in the agent's mount namespace; what is deeper, later.
+pub(crate) fn mount_volumes(root: &RootDir, mounts: &[VolumeMount], directories: &[String]) -> Result<()> {
+    let mut volumes: Vec<_> = mounts.iter().zip(directories).collect();
+    volumes.sort_by_key(|(mount, _)| Path::new(&mount.path).components().count());
+    volumes.into_iter().try_for_each(|(mount, directory)| mount_volume(root, mount, directory, false))
+}
+
 /// `directory` is the volume in the agent's file system. A volume holds what containers wrote: no path in it is trusted.
 fn mount_volume(root: &RootDir, mount: &VolumeMount, directory: &str, devices_ruled: bool) -> Result<()> {
     let step = || format!("mount a volume at {}", mount.path);

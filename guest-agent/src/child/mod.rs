@@ -27,7 +27,7 @@ use crate::fork_server::{IPC_DONOR, NETWORK, Order, PID_DONOR, Place, Report, ST
 use crate::{packet, sys};
 
 pub(crate) use capabilities::parse as parse_capabilities;
-pub(crate) use container::sysctl_path;
+pub(crate) use container::{mount_volumes, sysctl_path};
 pub(crate) use devices::expand as expand_device;
 pub(crate) use files::{FilesPlace, FilesTask};
 pub(crate) use program::resource_of;

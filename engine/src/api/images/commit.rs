@@ -18,7 +18,7 @@ use crate::{
     agent::FilesFrame,
     container::{Container, config::Config, files, state::Status},
     core::Core,
-    error::{Error, Result, chain},
+    error::{Error, Kind, Result, chain},
     http::{Request, Response, body},
 };
 
@@ -52,11 +52,13 @@ pub(crate) async fn commit(mut request: Request) -> Result<Response> {
     let core = Arc::clone(&request.core);
     // A container that was paused for it must not stay so.
     let created = to_its_end(&request.core, async move {
-        if pause {
-            container.pause().await?;
-        }
+        let paused = match if pause { container.pause().await.map(|()| true) } else { Ok(false) } {
+            // It has ended since, or someone else paused it: it stands still by itself.
+            Err(error) if error.kind() == Kind::Conflict => false,
+            paused => paused?,
+        };
         let created = differences_to_image(&core, &container, commit).await;
-        if pause && let Err(error) = container.unpause().await {
+        if paused && let Err(error) = container.unpause().await {
             tracing::warn!(%error, container = container.id().short(), "cannot unpause a container after a commit");
         }
         let created = created?;

@@ -8,7 +8,7 @@ use crate::{
         config::{MountRequest, VolumeOptions},
         record::Bind,
     },
-    error::{Error, Result},
+    error::{Error, Kind, Result},
 };
 
 /// How mounts beneath a bind mount spread unless something else is asked for.
@@ -165,7 +165,7 @@ fn volume(mount: &MountRequest) -> Result<WantedVolume> {
     let VolumeOptions { no_copy, labels, driver_config, subpath } =
         mount.volume_options.clone().unwrap_or_default();
     if !matches!(driver_config.name.as_str(), "" | "local") {
-        return Err(no_driver(&driver_config.name));
+        return Err(no_driver(Kind::Invalid, &driver_config.name));
     }
     if let Some(option) = driver_config.options.keys().next() {
         return Err(no_driver_options(option));
@@ -299,13 +299,12 @@ pub(super) fn tmpfs_options(mount: &MountRequest) -> Result<String> {
     Ok(options.join(","))
 }
 
-/// The error for a driver that is not ours.
-pub(crate) fn no_driver(name: &str) -> Error {
+/// The error for a driver that is not ours. At the creation of a container it must not be Docker's 404, at which its CLI pulls the image
+/// and asks again.
+pub(crate) fn no_driver(kind: Kind, name: &str) -> Error {
     let name = shown(name);
-    // Docker's 404 would make its CLI pull the image and ask again.
-    Error::invalid(format!(
-        "error looking up volume plugin {name}: plugin \"{name}\" not found: Coracle has the driver `local` only"
-    ))
+    let words = "Coracle has the driver `local` only";
+    Error::new(kind, format!("error looking up volume plugin {name}: plugin \"{name}\" not found: {words}"))
 }
 
 /// The error for an option of the local driver, with which Docker mounts other file systems.
