@@ -125,6 +125,10 @@ fn missing(method: &str, path: &[&str]) -> Error {
             "building images is not supported by Coracle yet: build elsewhere and use `docker load`"
         }
         ("PUT", ["volumes", _]) => "cluster volumes are not supported by Coracle: use local ones",
+        // Also for those who leave by force, whatever there is.
+        ("POST", ["swarm", "leave"]) => {
+            return Error::new(Kind::Unavailable, "This node is not part of a swarm");
+        }
         (_, ["swarm" | "services" | "tasks" | "nodes" | "secrets" | "configs", ..]) => {
             "swarm mode is not supported by Coracle: run containers one by one or with Compose"
         }
