@@ -5,6 +5,7 @@
 
 mod bench;
 mod cache;
+mod clients;
 mod cpio;
 mod demo;
 mod dist;

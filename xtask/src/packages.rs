@@ -31,8 +31,17 @@ pub(crate) const IMAGES: &[&str] = &["busybox-static", "umoci", "skopeo"];
 /// The peers that benches compare with.
 pub(crate) const PEERS: &[&str] = &["crun", "runc", "qemu-system-x86", "podman"];
 /// What tests use besides.
-pub(crate) const TESTS: &[&str] =
-    &["bsdutils", "curl", "docker-registry", "erofs-utils", "git", "openssl", "python3", "tar"];
+pub(crate) const TESTS: &[&str] = &[
+    "bsdutils",
+    "curl",
+    "docker-compose",
+    "docker-registry",
+    "erofs-utils",
+    "git",
+    "openssl",
+    "python3",
+    "tar",
+];
 
 /// Installs those of `wanted` that are missing.
 pub(crate) fn ensure(wanted: &[&str]) -> Result<()> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::{dist, guest, images, lab, packages, shell};
+use crate::{clients, dist, guest, images, lab, packages, shell};
 
 /// Runs all stages.
 pub(crate) fn run() -> Result<()> {
@@ -43,6 +43,7 @@ fn all(stages: &mut Stages) -> Result<()> {
     })?;
     stages.run("dist", || dist::build().map(drop))?;
     stages.run("images", || images::build().map(drop))?;
+    stages.run("clients", || clients::build().map(drop))?;
     stages.run("test", || {
         shell::run(guest::cargo().args([
             "test",
