@@ -46,7 +46,7 @@ pub const HOST_NAMES: [&str; 2] = ["host.docker.internal", "gateway.docker.inter
 
 const ADDRESS_LEN: usize = 18;
 /// A container's id, in hexadecimal digits.
-const CONTAINER_LEN: usize = 64;
+pub(crate) const CONTAINER_LEN: usize = 64;
 const CONNECT: u8 = 1;
 const DATAGRAM: u8 = 2;
 const ECHO: u8 = 3;
@@ -175,7 +175,7 @@ impl Header {
 }
 
 /// A frame of these parts. A payload that is too long is the caller's mistake, and is cut.
-fn frame(kind: u8, id: u32, parts: &[&[u8]]) -> Vec<u8> {
+pub(crate) fn frame(kind: u8, id: u32, parts: &[&[u8]]) -> Vec<u8> {
     let len = parts.iter().map(|part| part.len()).sum::<usize>().min(MAX_PAYLOAD);
     let mut bytes = Vec::with_capacity(HEADER_LEN + len);
     bytes.extend([kind, 0, 0, 0]);
@@ -192,12 +192,7 @@ impl Flow {
         let mut bytes = [0; 2 * ADDRESS_LEN];
         for (address, into) in [self.source, self.destination].iter().zip(bytes.chunks_exact_mut(ADDRESS_LEN))
         {
-            let ip = match address.ip() {
-                IpAddr::V4(ip) => ip.to_ipv6_mapped(),
-                IpAddr::V6(ip) => ip,
-            };
-            into[..16].copy_from_slice(&ip.octets());
-            into[16..].copy_from_slice(&address.port().to_be_bytes());
+            into.copy_from_slice(&address_bytes(*address));
         }
         bytes
     }
@@ -210,7 +205,19 @@ impl Flow {
     }
 }
 
-fn address(bytes: &[u8]) -> Option<(SocketAddr, &[u8])> {
+pub(crate) fn address_bytes(address: SocketAddr) -> [u8; ADDRESS_LEN] {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    let mut bytes = [0; ADDRESS_LEN];
+    bytes[..16].copy_from_slice(&ip.octets());
+    bytes[16..].copy_from_slice(&address.port().to_be_bytes());
+    bytes
+}
+
+/// The address at the beginning of some bytes, and the rest.
+pub(crate) fn address(bytes: &[u8]) -> Option<(SocketAddr, &[u8])> {
     let (ip, rest) = bytes.split_first_chunk::<16>()?;
     let (port, rest) = rest.split_first_chunk::<2>()?;
     // An address in IPv6's clothes is the IPv4 address, for every later check too.

@@ -33,6 +33,7 @@
 //! | `DELETE /v1/processes/{id}` | → 204 | forgets an ended process: its exit status and unread output |
 //! | `GET /v1/egress` | upgrade to [`egress::EGRESS_PROTOCOL`] | what containers ask of the world outside; see [`egress`] |
 //! | `GET /v1/ports` | upgrade to [`ports::PORTS_PROTOCOL`] | which published ports are listened on, and connections to them; see [`ports`] |
+//! | `GET /v1/datagrams` | upgrade to [`datagrams::DATAGRAMS_PROTOCOL`] | datagrams to published ports; see [`datagrams`] |
 //! | `GET /v1/kmsg` | → text, endless | the guest kernel's log, from its beginning, then as it grows; with `?follow=0` only what is there |
 //! | `POST /v1/shutdown` | → 204 | kills what runs, writes everything to disk, powers the guest off |
 //!
@@ -42,6 +43,7 @@
 //! [`Hello`]. The connection stays open for as long as the agent lives.
 
 mod confinement;
+pub mod datagrams;
 pub mod egress;
 pub mod files;
 pub mod frame;

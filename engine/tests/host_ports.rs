@@ -5,6 +5,7 @@ mod support;
 use std::{
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsFd,
     process::Command,
     thread,
     time::{Duration, Instant},
@@ -156,7 +157,10 @@ fn ports_that_are_taken_or_make_no_sense_are_clear_errors_before_the_start() {
     daemon.ok(&["run", "-d", "--name", "one", "-p", &format!("{free}:80"), "busybox", "sleep", "1000"]);
     assert!(run(&format!("127.0.0.1:{free}:80"), 125).contains("port is already allocated"));
     assert!(run("192.0.2.7:8080:80", 125).contains("cannot assign requested address"));
-    assert!(run("80:80/udp", 125).contains("is not supported by Coracle yet"));
+    assert!(run("80:80/sctp", 125).contains("publishing SCTP ports is not supported by Coracle"));
+    let taken = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let udp = taken.local_addr().unwrap().port();
+    assert!(run(&format!("127.0.0.1:{udp}:80/udp"), 125).contains("port is already allocated"));
     // Any of a range, and any at all.
     daemon.ok(&[
         "run",
@@ -171,8 +175,10 @@ fn ports_that_are_taken_or_make_no_sense_are_clear_errors_before_the_start() {
     ]);
     let shown = daemon.ok(&["port", "range"]);
     assert!(shown.starts_with("80/tcp -> 127.0.0.1:") && !shown.contains(&format!(":{port}\n")), "{shown}");
-    daemon.ok(&["run", "-d", "--name", "any", "-P", "--expose", "81", "busybox", "sleep", "1000"]);
-    assert!(daemon.ok(&["port", "any"]).contains("81/tcp -> 0.0.0.0:"));
+    let any = ["run", "-d", "--name", "any", "-P", "--expose", "81", "--expose", "82/udp"];
+    daemon.ok(&[&any[..], &["busybox", "sleep", "1000"]].concat());
+    let shown = daemon.ok(&["port", "any"]);
+    assert!(shown.contains("81/tcp -> 0.0.0.0:") && shown.contains("82/udp -> 0.0.0.0:"), "{shown}");
     let host = daemon.docker(&["run", "-d", "--network", "host", "-p", "1:1", "busybox", "true"]);
     assert!(text(&host.stderr).contains("Published ports are discarded"), "{}", text(&host.stderr));
 }
@@ -196,4 +202,104 @@ fn published_ports_survive_the_daemon_and_come_back_with_the_container() {
     daemon.ok(&["stop", "-t", "0", "web"]);
     assert!(is_refused(&address));
     assert_eq!(daemon.ok(&["port", "web"]), "");
+}
+
+/// Serves datagrams in a container's network, at port 53 of all its addresses, until one is `end`: each answer is the asker's address and
+/// what it said.
+fn serve_datagrams(daemon: &Daemon, container: &str) -> thread::JoinHandle<()> {
+    let pid = daemon.ok(&["inspect", "--format", "{{.State.Pid}}", container]);
+    let namespace = std::fs::File::open(format!("/proc/{}/ns/net", pid.trim())).unwrap();
+    let (ready, begun) = std::sync::mpsc::channel();
+    let server = thread::spawn(move || {
+        use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+        let socket = UdpSocket::bind("[::]:53").unwrap();
+        ready.send(()).unwrap();
+        let mut buffer = vec![0; 65_535];
+        loop {
+            let (len, from) = socket.recv_from(&mut buffer).unwrap();
+            let seen = SocketAddr::new(from.ip().to_canonical(), from.port());
+            let said = [format!("{seen} ").as_bytes(), &buffer[..len.min(1000)]].concat();
+            socket.send_to(if len > 1000 { &buffer[..len] } else { &said }, from).unwrap();
+            if &buffer[..len] == b"end" {
+                return;
+            }
+        }
+    });
+    begun.recv().unwrap();
+    server
+}
+
+fn client(address: &str) -> UdpSocket {
+    let socket = UdpSocket::bind(address).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    socket
+}
+
+/// Asks until there is an answer, as those must who use datagrams; the answer, which comes from where it was asked.
+fn ask(socket: &UdpSocket, to: &str, what: &[u8]) -> Vec<u8> {
+    let mut buffer = vec![0; 65_535];
+    for _ in 0..10 {
+        socket.send_to(what, to).unwrap();
+        if let Ok((len, from)) = socket.recv_from(&mut buffer) {
+            assert_eq!(from.to_string(), to);
+            return buffer[..len].to_vec();
+        }
+    }
+    panic!("no answer from {to}");
+}
+
+#[test]
+fn datagrams_come_with_their_clients_address_and_their_answers_go_back() {
+    let machine = Machine::new();
+    let daemon = Daemon::start(&machine);
+    daemon.load_busybox();
+    let port = free_port();
+    let (udp, tcp) = (format!("{port}:53/udp"), format!("{port}:53/tcp"));
+    daemon.ok(&["run", "-d", "--name", "names", "-p", &udp, "-p", &tcp, "busybox", "sleep", "1000"]);
+    let ports = daemon.ok(&["port", "names"]);
+    for line in [format!("53/tcp -> 0.0.0.0:{port}\n"), format!("53/udp -> [::]:{port}\n")] {
+        assert!(ports.contains(&line), "{ports}");
+    }
+    let shown = daemon.ok(&["ps", "--format", "{{.Ports}}", "--filter", &format!("publish={port}/udp")]);
+    assert!(shown.contains(&format!("0.0.0.0:{port}->53/udp")), "{shown}");
+    assert!(UdpSocket::bind(("0.0.0.0", port)).is_err());
+    // Before anything takes them, they are lost, and nothing else is.
+    let early = client("127.0.0.1:0");
+    for _ in 0..3 {
+        early.send_to(b"lost", ("127.0.0.1", port)).unwrap();
+    }
+    let server = serve_datagrams(&daemon, "names");
+    let loopback = format!("127.0.0.1:{port}");
+    let said = String::from_utf8(ask(&early, &loopback, b"ahoy")).unwrap();
+    assert!(said.starts_with("172.17.0.1:") && said.ends_with(" ahoy"), "{said}");
+    let other = client("127.0.0.1:0");
+    let said = ask(&other, &format!("127.0.0.7:{port}"), b"ahoy");
+    assert!(said.ends_with(b" ahoy"), "the answer comes from where it was asked");
+    ask(&client("[::1]:0"), &format!("[::1]:{port}"), b"ahoy");
+    let own = own_address().expect("this machine has an address besides loopback");
+    let far = client(&format!("{own}:0"));
+    let seen = format!("{} ahoy", far.local_addr().unwrap());
+    assert_eq!(ask(&far, &format!("{own}:{port}"), b"ahoy"), seen.as_bytes());
+    // As long as they get.
+    let long: Vec<u8> = (0..65_000_u32).map(|at| (at ^ (at >> 8)) as u8).collect();
+    assert!(ask(&early, &loopback, &long) == long);
+    // Many clients at a time.
+    let crowd: Vec<UdpSocket> = (0..200).map(|_| client("127.0.0.1:0")).collect();
+    for socket in &crowd {
+        assert!(ask(socket, &loopback, b"ahoy").ends_with(b" ahoy"));
+    }
+    // The next daemon goes on.
+    daemon.end();
+    let daemon = Daemon::start(&machine);
+    assert_eq!(ask(&far, &format!("{own}:{port}"), b"ahoy"), seen.as_bytes());
+    assert!(ask(&early, &loopback, b"end").ends_with(b" end"));
+    server.join().unwrap();
+    daemon.ok(&["restart", "-t", "0", "names"]);
+    let server = serve_datagrams(&daemon, "names");
+    assert_eq!(ask(&far, &format!("{own}:{port}"), b"ahoy"), seen.as_bytes());
+    ask(&early, &loopback, b"end");
+    server.join().unwrap();
+    daemon.ok(&["rm", "-f", "names"]);
+    UdpSocket::bind(("0.0.0.0", port)).expect("the port is free");
 }

@@ -318,7 +318,7 @@ async fn name_servers_that_are_silent_hold_up_no_one() {
     spec.name_servers = vec!["192.0.2.1".parse().unwrap(); 3];
     agent.start_container(&id, &spec).await.unwrap();
     let ask = format!(
-        "for n in $(busybox seq 30); do (printf '\\000\\035{QUESTION}'; sleep 20) | busybox nc 127.0.0.11 53 > /tmp/said & done; sleep 1"
+        "(for n in $(busybox seq 30); do (printf '\\000\\035{QUESTION}'; sleep 20) | busybox nc 127.0.0.11 53 & done) > /tmp/said 2>&1 < /dev/null; sleep 1"
     );
     sh(&agent, &id, &ask).await;
     let begun = Instant::now();

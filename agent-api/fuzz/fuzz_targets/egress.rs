@@ -2,6 +2,7 @@
 //! frame is refused, or survives being written and read again.
 #![no_main]
 
+use coracle_agent_api::datagrams::{Inward, Outward};
 use coracle_agent_api::egress::{HEADER_LEN, Header, Reply, Request};
 use libfuzzer_sys::fuzz_target;
 
@@ -18,6 +19,13 @@ fuzz_target!(|bytes: &[u8]| {
         if let Ok(reply) = Reply::decode(kind, payload) {
             let again = reply.encode(id);
             assert_eq!(Reply::decode(kind, &again[HEADER_LEN..]), Ok(reply));
+        }
+        if let Ok(inward) = Inward::decode(kind, payload) {
+            let again = inward.encode(id);
+            assert_eq!(Inward::decode(kind, &again[HEADER_LEN..]), Ok(inward));
+        }
+        if let Ok(Outward(data)) = Outward::decode(kind, payload) {
+            assert_eq!(Outward::encode(id, &data)[HEADER_LEN..], *payload);
         }
     }
 });

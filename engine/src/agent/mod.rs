@@ -15,6 +15,7 @@ use coracle_agent_api::{
     self as api, AgentState, ContainerSpec, DiffId, Endpoint, ExecSpec, NetworkId, OUTPUT_PROTOCOL,
     ProcessId, Processes, Resources, Retain, STDIN_PROTOCOL, Signal, Started, Stats, TerminalSize, VolumeId,
     VolumeUsage, WayOut,
+    datagrams::DATAGRAMS_PROTOCOL,
     egress::EGRESS_PROTOCOL,
     files::{FILES_PROTOCOL, FilesRequest},
     ports::PORTS_PROTOCOL,
@@ -216,6 +217,11 @@ impl Agent {
     /// The conversation about published ports, and what came over it already.
     pub(crate) async fn ports(&self) -> Result<(UnixStream, Bytes), AgentError> {
         self.upgrade("/v1/ports", PORTS_PROTOCOL).await
+    }
+
+    /// The conversation about datagrams to published ports, and what came over it already.
+    pub(crate) async fn datagrams(&self) -> Result<(UnixStream, Bytes), AgentError> {
+        self.upgrade("/v1/datagrams", DATAGRAMS_PROTOCOL).await
     }
 
     /// A way to a process's standard input.

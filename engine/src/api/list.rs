@@ -122,7 +122,7 @@ fn publishes(record: &Record, wanted: &str) -> bool {
     let Some(wanted) = Ports::parse(wanted) else { return false };
     record.ports.iter().any(|published| {
         let port = published.host.port();
-        wanted.meets(&Ports { first: port, last: port, protocol: "tcp" })
+        wanted.meets(&Ports { first: port, last: port, protocol: published.protocol.name() })
     })
 }
 

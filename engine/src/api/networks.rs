@@ -253,7 +253,8 @@ fn ports(record: &Record) -> Value {
     for published in &record.ports {
         let host = published.host;
         let binding = json!({ "HostIp": host.ip().to_string(), "HostPort": host.port().to_string() });
-        match ports.entry(format!("{}/tcp", published.port)).or_insert(Value::Null) {
+        match ports.entry(format!("{}/{}", published.port, published.protocol.name())).or_insert(Value::Null)
+        {
             Value::Array(bindings) => bindings.push(binding),
             none => *none = json!([binding]),
         }
@@ -268,11 +269,19 @@ pub(super) fn port_list(record: &Record) -> Value {
     }
     let published = record.ports.iter().map(|published| {
         let host = published.host;
-        json!({ "IP": host.ip().to_string(), "PrivatePort": published.port, "PublicPort": host.port(), "Type": "tcp" })
+        json!({
+            "IP": host.ip().to_string(),
+            "PrivatePort": published.port,
+            "PublicPort": host.port(),
+            "Type": published.protocol.name(),
+        })
     });
     let exposed = record.config.exposed_ports.keys().filter_map(|text| {
         let (port, protocol) = crate::ports::wanted::split(text).ok()?;
-        let is_published = protocol == "tcp" && record.ports.iter().any(|published| published.port == port);
+        let is_it = |published: &crate::ports::Published| {
+            published.port == port && published.protocol.name() == protocol
+        };
+        let is_published = record.ports.iter().any(is_it);
         (!is_published).then(|| json!({ "PrivatePort": port, "Type": protocol }))
     });
     Value::Array(published.chain(exposed).collect())

@@ -15,6 +15,7 @@ use super::{
 use crate::{
     error::Result,
     networks::{self, links::Link},
+    ports::wanted::Protocol,
 };
 
 /// Docker's search path for programs.
@@ -133,7 +134,8 @@ fn process(record: &Record, links: &[Link]) -> Result<ProcessSpec> {
 }
 
 fn published_ports(record: &Record) -> Vec<u16> {
-    let mut ports: Vec<u16> = record.ports.iter().map(|published| published.port).collect();
+    let tcp = record.ports.iter().filter(|published| published.protocol == Protocol::Tcp);
+    let mut ports: Vec<u16> = tcp.map(|published| published.port).collect();
     ports.sort_unstable();
     ports.dedup();
     ports

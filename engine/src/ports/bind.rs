@@ -9,7 +9,10 @@ use std::{
 use rustix::{
     fd::OwnedFd,
     io::Errno,
-    net::{AddressFamily, Shutdown, SocketType, bind, ipproto, listen, shutdown, socket, sockopt},
+    net::{
+        AddressFamily, Shutdown, SocketFlags, SocketType, bind, ipproto, listen, shutdown, socket_with,
+        sockopt,
+    },
 };
 
 use crate::error::{Error, Kind};
@@ -45,33 +48,38 @@ pub(super) fn in_use(address: &SocketAddr) -> NotBound {
     NotBound::Taken(Error::internal(format!("Bind for {address} failed: port is already allocated")))
 }
 
+/// What the kernel said, in words.
+pub(super) fn not_bound(address: &SocketAddr, error: Errno) -> NotBound {
+    match error {
+        Errno::ADDRINUSE => in_use(address),
+        Errno::ACCESS | Errno::PERM => NotBound::Refused(Error::new(
+            Kind::Denied,
+            format!(
+                "Bind for {address} failed: permission denied: ports below 1024 are root's on this host. Publish the port as one from 1024 on, or let everyone have it: sudo sysctl net.ipv4.ip_unprivileged_port_start={}",
+                address.port()
+            ),
+        )),
+        Errno::ADDRNOTAVAIL => NotBound::Refused(Error::invalid(format!(
+            "Bind for {address} failed: cannot assign requested address: the host does not have it"
+        ))),
+        Errno::AFNOSUPPORT => NotBound::NoFamily(Error::new(
+            Kind::Unavailable,
+            format!("Bind for {address} failed: the host has no IPv6"),
+        )),
+        error => NotBound::Refused(Error::internal(format!("Bind for {address} failed: {error}"))),
+    }
+}
+
 impl Bound {
     pub(super) fn new(address: SocketAddr) -> Result<Self, NotBound> {
-        Self::open(address).map_err(|error| match error {
-            Errno::ADDRINUSE => in_use(&address),
-            Errno::ACCESS | Errno::PERM => NotBound::Refused(Error::new(
-                Kind::Denied,
-                format!(
-                    "Bind for {address} failed: permission denied: ports below 1024 are root's on this host. Publish the port as one from 1024 on, or let everyone have it: sudo sysctl net.ipv4.ip_unprivileged_port_start={}",
-                    address.port()
-                ),
-            )),
-            Errno::ADDRNOTAVAIL => NotBound::Refused(Error::invalid(format!(
-                "Bind for {address} failed: cannot assign requested address: the host does not have it"
-            ))),
-            Errno::AFNOSUPPORT => NotBound::NoFamily(Error::new(
-                Kind::Unavailable,
-                format!("Bind for {address} failed: the host has no IPv6"),
-            )),
-            error => NotBound::Refused(Error::internal(format!("Bind for {address} failed: {error}"))),
-        })
+        Self::open(address).map_err(|error| not_bound(&address, error))
     }
 
     fn open(address: SocketAddr) -> rustix::io::Result<Self> {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-        let socket = socket(family, SocketType::STREAM, Some(ipproto::TCP))?;
-        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
-        rustix::io::ioctl_fionbio(&socket, true)?;
+        // At once: a child that is started in between would keep the port.
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
         // Connections of an earlier run that have just ended are no reason to fail.
         sockopt::set_socket_reuseaddr(&socket, true)?;
         if address.is_ipv6() {

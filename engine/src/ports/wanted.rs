@@ -5,6 +5,8 @@ use std::{
     ops::RangeInclusive,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     container::config::{Config, HostConfig},
     error::{Error, Result},
@@ -13,11 +15,43 @@ use crate::{
 /// Ports of one container at most.
 const MAX_PORTS: usize = 4096;
 
+/// What is published.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Protocol {
+    #[default]
+    Tcp,
+    Udp,
+}
+
+impl Protocol {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+
+    /// One of those that can be named; `port` is what it was said of.
+    fn of(name: &str, port: &str) -> Result<Self> {
+        match name {
+            "tcp" => Ok(Self::Tcp),
+            "udp" => Ok(Self::Udp),
+            other => Err(Error::unsupported(format!(
+                "publishing {} ports is not supported by Coracle: leave {} out",
+                other.to_uppercase(),
+                shown(port)
+            ))),
+        }
+    }
+}
+
 /// A wish.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Wanted {
     /// In the container.
     pub(crate) port: u16,
+    pub(crate) protocol: Protocol,
     /// On all addresses of the host, if there is none.
     pub(crate) host_ip: Option<IpAddr>,
     /// One of these; 0 is any.
@@ -54,13 +88,10 @@ pub(crate) fn of(config: &Config, host: &HostConfig) -> Result<Vec<Wanted>> {
     let mut all = Vec::new();
     for (text, bindings) in &host.port_bindings {
         let (port, protocol) = split(text)?;
-        if protocol != "tcp" && !bindings.is_empty() {
-            return Err(Error::unsupported(format!(
-                "publishing {} ports (HostConfig.PortBindings) is not supported by Coracle yet: leave {} out",
-                protocol.to_uppercase(),
-                shown(text)
-            )));
+        if bindings.is_empty() {
+            continue;
         }
+        let protocol = Protocol::of(protocol, text)?;
         for binding in bindings {
             let host_ip = match binding.host_ip.trim_start_matches('[').trim_end_matches(']') {
                 "" => None,
@@ -68,15 +99,16 @@ pub(crate) fn of(config: &Config, host: &HostConfig) -> Result<Vec<Wanted>> {
                     ip.parse().map_err(|_| Error::invalid(format!("invalid IP address: {}", shown(ip))))?,
                 ),
             };
-            all.push(Wanted { port, host_ip, host_ports: range(&binding.host_port)? });
+            all.push(Wanted { port, protocol, host_ip, host_ports: range(&binding.host_port)? });
         }
     }
     if host.publish_all_ports {
         for text in config.exposed_ports.keys() {
             let (port, protocol) = split(text)?;
             let said = host.port_bindings.get(text).is_some_and(|bindings| !bindings.is_empty());
-            if protocol == "tcp" && !said {
-                all.push(Wanted { port, host_ip: None, host_ports: 0..=0 });
+            if !said {
+                let protocol = Protocol::of(protocol, text)?;
+                all.push(Wanted { port, protocol, host_ip: None, host_ports: 0..=0 });
             }
         }
     }
@@ -118,7 +150,8 @@ mod tests {
         assert_eq!(wanted[0].addresses().len(), 2);
         assert_eq!(wanted[2].addresses(), ["::1".parse::<IpAddr>().unwrap()]);
         let all = read(r#"{"PublishAllPorts":true}"#).unwrap();
-        assert_eq!(all, [Wanted { port: 80, host_ip: None, host_ports: 0..=0 }]);
+        let any = |port, protocol| Wanted { port, protocol, host_ip: None, host_ports: 0..=0 };
+        assert_eq!(all, [any(53, Protocol::Udp), any(80, Protocol::Tcp)]);
     }
 
     #[test]
@@ -130,7 +163,7 @@ mod tests {
             (r#"{"PortBindings":{"80/tcp":[{"HostPort":"x"}]}}"#, 400),
             (r#"{"PortBindings":{"80/tcp":[{"HostPort":"90-80"}]}}"#, 400),
             (r#"{"PortBindings":{"80/tcp":[{"HostIp":"x"}]}}"#, 400),
-            (r#"{"PortBindings":{"80/udp":[{"HostPort":"80"}]}}"#, 501),
+            (r#"{"PortBindings":{"80/sctp":[{"HostPort":"80"}]}}"#, 501),
         ] {
             assert_eq!(read(json).unwrap_err().status(), status, "{json}");
         }

@@ -12,8 +12,8 @@ use super::{Agent, blocking};
 use crate::check;
 use crate::containers::Container;
 use crate::error::{Result, conflict};
-use crate::network::Ports;
 use crate::network::namespace::Namespace;
+use crate::network::{Ports, datagrams};
 
 impl Agent {
     /// Connects a running container to a further network.
@@ -90,6 +90,12 @@ fn with_ports<T>(container: &Container, work: impl FnOnce(&Namespace, &mut Ports
 }
 
 impl Agent {
+    /// Serves a daemon that publishes UDP ports.
+    pub(crate) async fn serve_datagrams(self: Arc<Self>, io: impl AsyncRead + AsyncWrite + Send) {
+        let (directory, runtime) = (self.networks.directory().clone(), self.egress.runtime().clone());
+        datagrams::serve(directory, runtime, io).await;
+    }
+
     /// Serves a daemon that publishes ports: tells it what is listened on, and hears of connections.
     pub(crate) async fn serve_ports(self: Arc<Self>, io: impl AsyncRead + AsyncWrite + Send) {
         let (reader, mut writer) = tokio::io::split(io);

@@ -14,6 +14,8 @@ pub(crate) mod relay;
 mod ruleset;
 mod sockets;
 
+pub(crate) use sockets::answering;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};

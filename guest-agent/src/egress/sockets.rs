@@ -59,7 +59,7 @@ fn port(socket: &OwnedFd) -> io::Result<u16> {
 }
 
 /// The socket from which a flow's answers come, and which takes its further datagrams.
-pub(super) fn answering(flow: &Flow) -> io::Result<UdpSocket> {
+pub(crate) fn answering(flow: &Flow) -> io::Result<UdpSocket> {
     let socket = socket(flow.source.ip(), SocketType::DGRAM)?;
     // Another container may talk to the same address.
     sockopt::set_socket_reuseaddr(&socket, true)?;

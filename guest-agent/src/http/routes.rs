@@ -4,6 +4,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use coracle_agent_api::datagrams::DATAGRAMS_PROTOCOL;
 use coracle_agent_api::egress::EGRESS_PROTOCOL;
 use coracle_agent_api::files::FILES_PROTOCOL;
 use coracle_agent_api::ports::PORTS_PROTOCOL;
@@ -156,6 +157,10 @@ async fn route(
         (&Method::GET, ["ports"]) => {
             let served = agent.clone();
             upgrade(agent, request, PORTS_PROTOCOL, |io| served.serve_ports(io))
+        }
+        (&Method::GET, ["datagrams"]) => {
+            let served = agent.clone();
+            upgrade(agent, request, DATAGRAMS_PROTOCOL, |io| served.serve_datagrams(io))
         }
         (&Method::GET, ["egress"]) => {
             let egress = agent.egress();

@@ -112,9 +112,7 @@ impl Forwards {
             .target(&arrival.to.container, &client.ip())
             .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))?;
         let target = SocketAddr::new(target, arrival.to.port);
-        // A client on the host itself, or one that would seem to be on the container's own network, is the gateway for it.
-        let is_far = !is_near && !client.ip().is_loopback() && !client.ip().is_unspecified();
-        let from = Some(client).filter(|client| is_far && client.is_ipv4() == target.is_ipv4());
+        let from = source(client, target, is_near);
         let connected = async {
             match connect(target, from).await {
                 // Another connection of this client's, which may be over, has it: better another one than none.
@@ -129,6 +127,13 @@ impl Forwards {
             timeout(PATIENCE, connected).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
         Ok(stream.into_std()?.into())
     }
+}
+
+/// The address from which a container is spoken to for a client: the client's own, unless it is on the host itself, or would seem to
+/// be on the container's own network. Then it is the gateway for the container.
+pub(super) fn source(client: SocketAddr, target: SocketAddr, is_near: bool) -> Option<SocketAddr> {
+    let is_far = !is_near && !client.ip().is_loopback() && !client.ip().is_unspecified();
+    Some(client).filter(|client| is_far && client.is_ipv4() == target.is_ipv4())
 }
 
 /// Whether an address is what a connection failed for: the kernel finds that out when it is bound, or when it is connected.

@@ -4,6 +4,7 @@
 //! What keeps networks apart and leads answers to the agent's own sockets is one table of the packet filter, made at the start:
 //! it knows bridges by the group of their interfaces, so that it never changes.
 
+pub(crate) mod datagrams;
 pub(crate) mod forward;
 pub(crate) mod links;
 pub(crate) mod listeners;

@@ -106,7 +106,7 @@ pub(crate) struct NetworkOptions {
     #[arg(long, value_name = "ADDRESS")]
     mac_address: Option<String>,
     /// Publish a port of it on this computer
-    #[arg(short, long, value_name = "[[ADDRESS:]PORT:]PORT[/tcp]")]
+    #[arg(short, long, value_name = "[[ADDRESS:]PORT:]PORT[/PROTOCOL]")]
     publish: Vec<String>,
     /// Publish all ports that it exposes
     #[arg(short = 'P', long)]
