@@ -60,7 +60,7 @@ pub use seccomp::*;
 pub use types::*;
 
 /// Version of this API; both ends must have the same.
-pub const API_VERSION: u32 = 6;
+pub const API_VERSION: u32 = 7;
 /// Where the guest has its data disk.
 pub const DATA_DISK: &str = "/data";
 /// Tag of the virtio-fs file system with the trees of the host that containers may use.
