@@ -32,6 +32,7 @@ fn the_whole_session() {
         ("limits_are_the_cgroups", limits_are_the_cgroups),
         ("what_is_not_supported_is_refused_by_name", what_is_not_supported_is_refused_by_name),
         ("the_same_words_in_coracle", the_same_words_in_coracle),
+        ("a_container_drives_the_engine", a_container_drives_the_engine),
         ("the_guests_kernel_log_can_be_read", the_guests_kernel_log_can_be_read),
         (
             "containers_and_volumes_keep_their_files_over_a_restart_of_the_vm",
@@ -241,6 +242,25 @@ fn what_is_not_supported_is_refused_by_name() {
         assert!(refused.err().len() > 40, "{args:?}: {}", refused.err());
     }
     assert_eq!(docker(&["ps", "-aq"]).text(), "");
+}
+
+fn a_container_drives_the_engine() {
+    let socket = format!("{}:/var/run/docker.sock", CORACLE.socket().display());
+    let create =
+        ["create", "--name", "driver", "--network", "none", "-v", &socket, "busybox", "sleep", "1000"];
+    docker(&create).ok();
+    // One static program.
+    let paths = std::env::var("PATH").unwrap();
+    let mut cli = paths.split(':').map(|folder| format!("{folder}/docker"));
+    let cli = cli.find(|path| std::fs::metadata(path).is_ok()).expect("docker is on PATH");
+    docker(&["cp", "-L", &cli, "driver:/bin/docker"]).ok();
+    docker(&["start", "driver"]).ok();
+    let driver = |args: &[&str]| docker(&[&["exec", "driver", "docker"], args].concat());
+    assert_eq!(driver(&["ps", "--format", "{{.Names}}"]).text(), "driver");
+    assert_eq!(driver(&["run", "--rm", "--network", "none", "busybox", "echo", "hello"]).text(), "hello");
+    let refused = driver(&["create", "-v", "/etc:/x", "busybox"]).code(1);
+    assert!(refused.err().contains("is not in anything of the host"), "{}", refused.err());
+    docker(&["rm", "-f", "driver"]).ok();
 }
 
 fn the_same_words_in_coracle() {
