@@ -2,7 +2,7 @@
 //!
 //! | method and path | answer |
 //! |---|---|
-//! | `GET /coracle/status` | `{"version","pid","started","containers":{"total","running"},"images","sandboxes":[{"id","state","reason","adopted","agent_version","kernel_release","boot":[{"name","micros"}],"guest_boot":[{"name","guest_micros"}],"layers"}]}`; what is not known is `null` |
+//! | `GET /coracle/status` | `{"version","pid","started","containers":{"total","running"},"images","sandboxes":[{"id","state","reason","lost","adopted","agent_version","kernel_release","boot":[{"name","micros"}],"guest_boot":[{"name","guest_micros"}],"layers"}]}`; what is not known is `null` |
 //! | `GET /coracle/timings/{container}` | where the time of the newest start went: `{"id","name","unix_nanos","phases":[{"name","micros"}],"agent":[{"name","micros"}]}`; phases are counted from the moment `unix_nanos` at which the create request was read, the agent's from its own reading of the start request; also after the container was removed |
 //! | `GET /coracle/egress?container=NAME` | the newest connections that containers asked for, oldest first: `[{"Time","Container","Name","Protocol","Destination","Host","Allowed","Reason"}]` |
 //! | `POST /coracle/down?t=SECONDS` | 204 when all containers are stopped (each with its own stop timeout, or the one given) and all sandboxes are shut down; the daemon then ends |
@@ -53,6 +53,7 @@ async fn sandbox(host: &Host) -> Value {
         "id": host.id().as_str(),
         "state": state.name(),
         "reason": reason,
+        "lost": running.and_then(|running| running.lost.as_ref()),
         "adopted": running.map(|running| running.adopted),
         "agent_version": hello.map(|hello| &hello.agent_version),
         "kernel_release": hello.map(|hello| &hello.kernel_release),

@@ -63,7 +63,13 @@ mod tests {
     use crate::sandbox::Running;
 
     fn running(instance: u64) -> SandboxState {
-        SandboxState::Running(Arc::new(Running { instance, hello: None, boot: Vec::new(), adopted: false }))
+        SandboxState::Running(Arc::new(Running {
+            instance,
+            hello: None,
+            boot: Vec::new(),
+            adopted: false,
+            lost: None,
+        }))
     }
 
     #[tokio::test(start_paused = true)]

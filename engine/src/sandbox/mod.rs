@@ -118,6 +118,8 @@ pub struct Running {
     pub boot: Vec<BootPhase>,
     /// It ran already when this daemon found it.
     pub adopted: bool,
+    /// What it has lost meanwhile and goes on without, and what helps; for people.
+    pub lost: Option<String>,
 }
 
 /// A moment of the boot as the host saw it.

@@ -211,7 +211,7 @@ impl Shared {
         let (hello, connection) = hello;
         let boot = phases.into_iter().chain([phase("hello", begun)]).collect();
         drop(connection);
-        Ok(self.running(Running { instance: 0, hello: Some(hello), boot, adopted: false }, ended))
+        Ok(self.running(Running { instance: 0, hello: Some(hello), boot, adopted: false, lost: None }, ended))
     }
 
     /// Finds an agent that an earlier daemon started.
@@ -220,7 +220,10 @@ impl Shared {
         let ended = End::watch(pid).ok()?;
         // Another process may have the number now; only an agent answers on the socket.
         UnixStream::connect(self.path("agent.sock")).await.ok()?;
-        Some(self.running(Running { instance: 0, hello: None, boot: Vec::new(), adopted: true }, ended))
+        Some(self.running(
+            Running { instance: 0, hello: None, boot: Vec::new(), adopted: true, lost: None },
+            ended,
+        ))
     }
 
     fn running(self: &Arc<Self>, running: Running, mut ended: End) -> Arc<Running> {

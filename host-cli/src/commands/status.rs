@@ -37,7 +37,11 @@ struct VmStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pid: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    file_server_pid: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lost: Option<String>,
     #[serde(flatten)]
     more: serde_json::Map<String, Value>,
 }
@@ -65,7 +69,9 @@ async fn ask(docker: &Docker, home: &Home) -> Result<DaemonStatus, Failure> {
     let mut status: DaemonStatus =
         docker.get("/coracle/status").await.context("cannot ask the daemon for its status")?;
     for machine in status.sandboxes.iter_mut().filter(|machine| machine.state == "running") {
-        machine.pid = vm::Folder::new(home.vms().join(&machine.id)).load_boot().map(|record| record.pid);
+        let record = vm::Folder::new(home.vms().join(&machine.id)).load_boot();
+        machine.pid = record.as_ref().map(|record| record.pid);
+        machine.file_server_pid = record.and_then(|record| record.file_server_pid);
     }
     Ok(status)
 }
@@ -111,6 +117,9 @@ fn words(home: &Home, status: Option<&DaemonStatus>) -> String {
         let reason =
             machine.reason.as_ref().map(|reason| format!(": {}", printable(reason))).unwrap_or_default();
         text += &format!("vm          {} {}{process}{kernel}{reason}\n", machine.id, machine.state);
+        if let Some(lost) = &machine.lost {
+            text += &format!("            {}\n", printable(lost));
+        }
     }
     if status.sandboxes.is_empty() {
         text += "vm          not running (a container that needs it starts it)\n";

@@ -1,7 +1,7 @@
 //! How a machine comes up, and how one that runs already is taken over by a new daemon.
 
 use std::{
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -19,6 +19,7 @@ use coracle_vmm::{
 
 use super::{
     Current, Shared, agent, disk,
+    files::Files,
     folder::{BootRecord, Folder},
     guest::Guest,
     layers::{self, Layers},
@@ -57,14 +58,21 @@ pub(super) async fn boot(shared: &Shared) -> Result<(Current, Running)> {
 
     let listener = shared.folder.listen()?;
     let log = shared.folder.open_log(&shared.folder.vmm_log())?;
+    // The file server comes up while the machine does: nobody waits for it but the first who wants a file. It ends when what follows fails.
+    let (files, socket) = Files::start(&shared.folder)?;
     let process = process::spawn(listener, log)?;
     tracing::info!(vm = %shared.id, pid = process.pid, cpus = size.cpus, memory_mib = size.memory_mib, "starting the VMM");
     phases.now("spawned");
-    let mut record =
-        BootRecord { pid: process.pid, started_micros: phases.start, hello: None, boot: Vec::new() };
+    let mut record = BootRecord {
+        pid: process.pid,
+        file_server_pid: files.pid(),
+        started_micros: phases.start,
+        hello: None,
+        boot: Vec::new(),
+    };
     shared.folder.save_boot(&record)?;
     let brought_up = tokio::select! {
-        brought_up = bring_up(shared, prepared, &process, &mut phases) => brought_up,
+        brought_up = bring_up(shared, prepared, socket, &process, &mut phases) => brought_up,
         error = proof => Err(error),
         _ = stops.changed() => Err(anyhow!("it was told to stop while it started")),
     };
@@ -78,13 +86,15 @@ pub(super) async fn boot(shared: &Shared) -> Result<(Current, Running)> {
                 boot: record.phases(),
                 hello: record.hello,
                 adopted: false,
+                lost: None,
             };
             let layers = Arc::new(tokio::sync::Mutex::new(layers));
-            Ok((Current { machine, layers, process: Some(process) }, running))
+            Ok((Current { machine, layers, files, process: Some(process) }, running))
         }
         Err(error) => {
             process.kill();
             process.wait().await;
+            files.end().await;
             Err(explain(shared, error).await)
         }
     }
@@ -93,6 +103,7 @@ pub(super) async fn boot(shared: &Shared) -> Result<(Current, Running)> {
 async fn bring_up(
     shared: &Shared,
     prepared: Prepared,
+    file_server: OwnedFd,
     process: &VmmProcess,
     phases: &mut Phases,
 ) -> Result<(Arc<Machine>, Hello, Layers)> {
@@ -107,7 +118,7 @@ async fn bring_up(
             initramfs: guest.initramfs.file.as_fd(),
             data_disk: data_disk.as_fd(),
             serial: serial.as_ref().map(AsFd::as_fd),
-            file_server: None,
+            file_server: Some(file_server.as_fd()),
         };
         client.boot(boot, fds)
     };
@@ -213,15 +224,17 @@ pub(super) async fn adopt(shared: &Shared) -> Result<Option<(Current, Running)>>
         return Err(error.context("a machine runs already and its agent does not answer"));
     }
     let layers = settle_layers(shared, &machine).await?;
+    let files = Files::adopt(&shared.folder).await;
     tracing::info!(vm = %shared.id, "took over a running machine");
     let running = Running {
         instance: shared.next_instance(),
         boot: record.map(|record| record.phases()).unwrap_or_default(),
         hello: Some(hello),
         adopted: true,
+        lost: None,
     };
     let layers = Arc::new(tokio::sync::Mutex::new(layers));
-    Ok(Some((Current { machine, layers, process: None }, running)))
+    Ok(Some((Current { machine, layers, files, process: None }, running)))
 }
 
 /// The earlier daemon died before it had kept them: the machine is still starting, or they are still unread.
@@ -282,7 +295,7 @@ impl Prepared {
             layers_capacity: layers::CAPACITY,
             cmdline_extra: String::new(),
             serial: serial.is_some(),
-            file_server: false,
+            file_server: true,
         };
         Ok(Self { guest, data_disk, serial, boot })
     }

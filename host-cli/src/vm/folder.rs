@@ -16,6 +16,11 @@ use serde::{Deserialize, Serialize};
 use super::layers::Layers;
 use crate::{files, paths::private_dir};
 
+/// The VMM's control socket.
+const CONTROL: &str = "control.sock";
+/// The file server's.
+const FILES_CONTROL: &str = "fsd.sock";
+
 /// `vms/<name>/`.
 #[derive(Debug, Clone)]
 pub(crate) struct Folder(PathBuf);
@@ -25,6 +30,9 @@ pub(crate) struct Folder(PathBuf);
 pub(crate) struct BootRecord {
     /// The VMM's process id.
     pub(crate) pid: u32,
+    /// The file server's.
+    #[serde(default)]
+    pub(crate) file_server_pid: Option<u32>,
     /// When the start was asked for, in microseconds of CLOCK_MONOTONIC.
     pub(crate) started_micros: u64,
     /// The agent's first words, once it has said them.
@@ -66,6 +74,11 @@ impl Folder {
         self.0.join("vmm.log")
     }
 
+    /// What the file server says.
+    pub(crate) fn file_server_log(&self) -> PathBuf {
+        self.0.join("fsd.log")
+    }
+
     /// What the guest's kernel says on its serial port, where one was asked for.
     pub(crate) fn serial_log(&self) -> PathBuf {
         self.0.join("serial.log")
@@ -82,26 +95,44 @@ impl Folder {
         files::create(path).with_context(cannot)
     }
 
-    /// Binds the control socket; one that an ended machine left behind goes.
+    /// Binds the VMM's control socket; one that an ended machine left behind goes.
     pub(crate) fn listen(&self) -> Result<OwnedFd> {
-        let cannot = || format!("cannot make the control socket in {}", self.0.display());
-        match fs::remove_file(self.0.join("control.sock")) {
+        self.listen_at(CONTROL)
+    }
+
+    /// The same for the file server's.
+    pub(crate) fn listen_for_files(&self) -> Result<OwnedFd> {
+        self.listen_at(FILES_CONTROL)
+    }
+
+    fn listen_at(&self, name: &str) -> Result<OwnedFd> {
+        let cannot = || format!("cannot make the socket {name} in {}", self.0.display());
+        match fs::remove_file(self.0.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error).with_context(cannot),
             _ => {}
         }
         let folder = self.open().with_context(cannot)?;
-        control::listen(&short_path(&folder)).with_context(cannot)
+        control::listen(&short_path(&folder, name)).with_context(cannot)
     }
 
-    /// Connects to the control socket; `None` if no machine is behind it.
+    /// Connects to the VMM's control socket; `None` if no machine is behind it.
     pub(crate) fn connect(&self) -> Result<Option<OwnedFd>> {
-        let cannot = || format!("cannot connect to the control socket in {}", self.0.display());
+        self.connect_at(CONTROL)
+    }
+
+    /// The same for the file server's.
+    pub(crate) fn connect_to_files(&self) -> Result<Option<OwnedFd>> {
+        self.connect_at(FILES_CONTROL)
+    }
+
+    fn connect_at(&self, name: &str) -> Result<Option<OwnedFd>> {
+        let cannot = || format!("cannot connect to the socket {name} in {}", self.0.display());
         let folder = match self.open() {
             Ok(folder) => folder,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).with_context(cannot),
         };
-        match control::connect(&short_path(&folder)) {
+        match control::connect(&short_path(&folder, name)) {
             Ok(socket) => Ok(Some(socket)),
             Err(control::SocketError::System { source, .. })
                 if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
@@ -125,7 +156,8 @@ impl Folder {
 
     /// Removes what belonged to a machine that has ended. Disk and logs stay.
     pub(crate) fn forget_machine(&self) {
-        for path in [self.boot_record(), Layers::record_in(&self.0), self.0.join("control.sock")] {
+        let sockets = [CONTROL, FILES_CONTROL].map(|name| self.0.join(name));
+        for path in sockets.into_iter().chain([self.boot_record(), Layers::record_in(&self.0)]) {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     tracing::warn!(path = %path.display(), %error, "cannot remove what an ended machine left");
@@ -144,9 +176,9 @@ impl Folder {
     }
 }
 
-/// The control socket by a path that fits into a socket's address, however long the folder's own is.
-fn short_path(folder: &OwnedFd) -> PathBuf {
-    format!("/proc/self/fd/{}/control.sock", folder.as_raw_fd()).into()
+/// A socket by a path that fits into a socket's address, however long the folder's own is.
+fn short_path(folder: &OwnedFd, name: &str) -> PathBuf {
+    format!("/proc/self/fd/{}/{name}", folder.as_raw_fd()).into()
 }
 
 #[cfg(test)]

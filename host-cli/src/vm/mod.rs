@@ -6,6 +6,7 @@
 mod agent;
 mod boot;
 mod disk;
+mod files;
 mod folder;
 mod guest;
 mod layers;
@@ -39,6 +40,7 @@ use folder::BootRecord;
 pub(crate) use folder::Folder;
 pub(crate) use guest::Guest;
 
+use files::Files;
 use layers::Layers;
 use machine::Machine;
 use process::VmmProcess;
@@ -46,6 +48,8 @@ use process::VmmProcess;
 /// How long the agent has for an orderly end, and the VMM after it.
 const AGENT_GRACE: Duration = Duration::from_secs(15);
 const VMM_GRACE: Duration = Duration::from_secs(5);
+/// A file server that ends this much before its machine has ended with it.
+const LOSS_GRACE: Duration = Duration::from_millis(500);
 
 /// Makes the sandboxes of one home; the same one for the same name.
 #[derive(Debug)]
@@ -105,6 +109,7 @@ struct Shared {
 struct Current {
     machine: Arc<Machine>,
     layers: Arc<tokio::sync::Mutex<Layers>>,
+    files: Files,
     /// Only if this daemon started it.
     process: Option<VmmProcess>,
 }
@@ -167,10 +172,33 @@ impl Shared {
         self.state.send_replace(SandboxState::Running(Arc::clone(&running)));
         let shared = Arc::clone(self);
         tokio::spawn(async move {
-            let reason = current.machine.end().await;
+            let reason = tokio::select! {
+                reason = current.machine.end() => reason,
+                reason = current.files.lost() => {
+                    shared.files_lost(&current, reason).await;
+                    current.machine.end().await
+                }
+            };
             shared.ended(&current, reason).await;
         });
         running
+    }
+
+    /// The machine goes on without the host's files, unless it is the machine that is ending.
+    async fn files_lost(&self, current: &Arc<Current>, reason: String) {
+        let ending = tokio::time::timeout(LOSS_GRACE, current.machine.end()).await.is_ok();
+        if ending || !self.current().is_some_and(|now| Arc::ptr_eq(&now, current)) {
+            return;
+        }
+        let lost = format!("{reason}: the host's files are not there until it is started again");
+        tracing::error!(vm = %self.id, reason = %lost, "the machine has lost the host's files");
+        self.state.send_if_modified(|state| match state {
+            SandboxState::Running(running) => {
+                *running = Arc::new(Running { lost: Some(lost), ..Running::clone(running) });
+                true
+            }
+            _ => false,
+        });
     }
 
     /// It ended unasked, unless it is being stopped: then that is seen to where it is done.
@@ -265,6 +293,7 @@ async fn discard(current: &Current) {
         tracing::warn!(pid = process.pid, "the VMM does not end; killing it");
         process.kill();
     }
+    current.files.end().await;
 }
 
 /// Runs the work as a task of its own, so that a caller who goes away does not leave it half done.
@@ -328,23 +357,42 @@ impl Sandbox for Vm {
         detached(&self.0.id, async move { shared.detach(&diff_id).await }).await
     }
 
-    async fn grant(&self, _grant: &TreeGrant, _tree: OwnedFd) -> Result<TreeSource, SandboxError> {
-        let reason = "bind mounts do not reach into the virtual machine yet: use a volume, or copy files";
-        Err(SandboxError::Tree { id: self.0.id.clone(), reason: reason.to_owned() })
+    async fn grant(&self, grant: &TreeGrant, tree: OwnedFd) -> Result<TreeSource, SandboxError> {
+        let current = self.0.running()?;
+        let (id, grant) = (self.0.id.clone(), grant.clone());
+        detached(&self.0.id, async move {
+            let granted = current.files.grant(&grant, files::owners(), tree).await;
+            granted.map_err(|error| no_tree(&id, &grant.name, &error))
+        })
+        .await
     }
 
-    async fn revoke(&self, _name: &TreeName) -> Result<(), SandboxError> {
-        Ok(())
+    async fn revoke(&self, name: &TreeName) -> Result<(), SandboxError> {
+        let Ok(current) = self.0.running() else { return Ok(()) };
+        let (id, name) = (self.0.id.clone(), name.clone());
+        detached(&self.0.id, async move {
+            current.files.revoke(&name).await.map_err(|error| no_tree(&id, &name, &error))
+        })
+        .await
     }
 
     async fn grants(&self) -> Result<Vec<TreeName>, SandboxError> {
-        Ok(Vec::new())
+        let Ok(current) = self.0.running() else { return Ok(Vec::new()) };
+        current
+            .files
+            .grants()
+            .await
+            .map_err(|error| SandboxError::Tree { id: self.0.id.clone(), reason: describe(&error) })
     }
 
     async fn stop(&self) -> Result<(), SandboxError> {
         let shared = Arc::clone(&self.0);
         detached(&self.0.id, async move { shared.stop().await }).await
     }
+}
+
+fn no_tree(id: &SandboxId, name: &TreeName, error: &anyhow::Error) -> SandboxError {
+    SandboxError::Tree { id: id.clone(), reason: format!("{name}: {}", describe(error)) }
 }
 
 impl Shared {

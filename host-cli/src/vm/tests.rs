@@ -97,8 +97,73 @@ fn home(folder: &tempfile::TempDir) -> Home {
     let machine = Folder::new(home.vms().join("default"));
     machine.create().unwrap();
     let boot = vec![("agent-ready".to_owned(), 7)];
-    machine.save_boot(&BootRecord { pid: 1, started_micros: 0, hello: Some(hello()), boot }).unwrap();
+    let record = BootRecord { pid: 1, file_server_pid: None, started_micros: 0, hello: Some(hello()), boot };
+    machine.save_boot(&record).unwrap();
     home
+}
+
+/// A file server of the machine `default` that serves it already and has these grants. It ends when the sender is dropped.
+fn running_file_server(home: &Home, grants: &[&str]) -> mpsc::Sender<()> {
+    use coracle_file_server::control::{self, Answer, FromClient, Outcome, Owners, Reply, Request, Status};
+    let folder = Folder::new(home.vms().join("default"));
+    let listener = folder.listen_for_files().unwrap();
+    let grant = |name: &&str| control::Grant {
+        id: control::GrantId::try_from((*name).to_owned()).unwrap(),
+        kind: control::GrantKind::Directory,
+        read_only: false,
+        owners: Owners::Real,
+    };
+    let mut grants: Vec<_> = grants.iter().map(grant).collect();
+    let (end, ended) = mpsc::channel();
+    thread::spawn(move || {
+        let client = control::accept(listener.as_fd()).unwrap();
+        rustix::io::ioctl_fionbio(&client, false).unwrap();
+        let to_end = client.try_clone().unwrap();
+        thread::spawn(move || {
+            let _ = ended.recv();
+            let _ = rustix::net::shutdown(&to_end, rustix::net::Shutdown::Both);
+        });
+        while let Ok(Received::Message(bytes, _)) = control::receive(&client) {
+            let FromClient { id, request } = serde_json::from_slice(&bytes).unwrap();
+            let outcome = match request {
+                Request::Grant(grant) => {
+                    grants.push(grant);
+                    Outcome::Ok(Answer::Done)
+                }
+                Request::Revoke(revoke) => match grants.iter().position(|grant| grant.id == revoke.id) {
+                    Some(index) => {
+                        grants.remove(index);
+                        Outcome::Ok(Answer::Done)
+                    }
+                    None => Outcome::Error("it is not granted".to_owned()),
+                },
+                Request::Status => {
+                    let (grants, nodes) = (grants.clone(), 0);
+                    Outcome::Ok(Answer::Status(Status {
+                        serving: true,
+                        namespaces: true,
+                        grants,
+                        nodes,
+                        open: 0,
+                    }))
+                }
+                Request::Serve => Outcome::Error("a machine is served already".to_owned()),
+            };
+            let reply = serde_json::to_vec(&Reply { id, outcome }).unwrap();
+            control::send(&client, &reply, &[]).unwrap();
+        }
+    });
+    end
+}
+
+fn tree(name: &str, read_only: bool) -> TreeGrant {
+    let name = name.parse().unwrap();
+    TreeGrant { name, kind: coracle_engine::sandbox::TreeKind::Directory, read_only }
+}
+
+fn open(path: &Path) -> OwnedFd {
+    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, rustix::fs::Mode::empty()).unwrap()
 }
 
 fn id(n: u8) -> DiffId {
@@ -161,4 +226,53 @@ async fn where_no_machine_runs_none_is_taken_over() {
     assert!(sandbox.adopt().await.unwrap().is_none());
     assert!(sandbox.attach_layer(&id(1), folder.path(), 4096).await.is_err());
     sandbox.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_running_machine_is_taken_over_with_its_grants_and_outlives_its_file_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let home = home(&folder);
+    let _asked = running_machine(&home);
+    let server = running_file_server(&home, &["from-before"]);
+    let sandbox = Vms::new(home.clone()).sandbox(&SandboxId::shared());
+    sandbox.adopt().await.unwrap().expect("a machine runs");
+
+    let source = sandbox.grant(&tree("new", true), open(folder.path())).await.unwrap();
+    assert_eq!(source, TreeSource::Shared { name: "new".parse().unwrap() });
+    let names = async || {
+        let mut names: Vec<_> = sandbox.grants().await.unwrap().iter().map(ToString::to_string).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names().await, ["from-before", "new"]);
+    for _ in 0..2 {
+        sandbox.revoke(&"from-before".parse().unwrap()).await.unwrap();
+    }
+    assert_eq!(names().await, ["new"]);
+
+    drop(server);
+    let mut state = sandbox.state();
+    let lost = |state: &SandboxState| state.running().and_then(|running| running.lost.clone());
+    let now = state.wait_for(|state| lost(state).is_some()).await.unwrap().clone();
+    assert!(lost(&now).unwrap().contains("its file server has ended"), "{now:?}");
+    let error = sandbox.grant(&tree("new", true), open(folder.path())).await.unwrap_err().to_string();
+    assert!(error.contains("coracle down"), "{error}");
+    assert!(sandbox.grants().await.unwrap().is_empty());
+    sandbox.revoke(&"new".parse().unwrap()).await.unwrap();
+    // Everything else goes on.
+    sandbox.connect().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_machine_whose_file_server_is_gone_is_taken_over_without_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let home = home(&folder);
+    let _asked = running_machine(&home);
+    let sandbox = Vms::new(home.clone()).sandbox(&SandboxId::shared());
+    sandbox.adopt().await.unwrap().expect("a machine runs");
+    let mut state = sandbox.state();
+    let is_lost = |state: &SandboxState| state.running().is_some_and(|running| running.lost.is_some());
+    state.wait_for(is_lost).await.unwrap();
+    assert!(sandbox.grant(&tree("new", false), open(folder.path())).await.is_err());
+    sandbox.connect().await.unwrap();
 }
