@@ -237,7 +237,7 @@ fn limits_are_the_cgroups() {
 }
 
 fn what_is_not_supported_is_refused_by_name() {
-    for args in [&["-p", "8080:80/udp"][..], &["-v", "/tmp:/mnt:shared"], &["--storage-opt", "size=1g"]] {
+    for args in [&["-p", "8080:80/sctp"][..], &["-v", "/tmp:/mnt:shared"], &["--storage-opt", "size=1g"]] {
         let refused = docker(&[&["run", "--rm"], args, &["busybox", "true"]].concat()).code(125);
         assert!(refused.err().len() > 40, "{args:?}: {}", refused.err());
     }
