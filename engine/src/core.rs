@@ -363,9 +363,8 @@ impl Core {
             if !record.host_config.auto_remove || record.state.status != Status::Exited {
                 continue;
             }
-            match container.remove(false).await {
-                Ok(()) => self.remove_anonymous_volumes(&record).await,
-                Err(error) => tracing::error!(%error, name = record.name, "cannot remove a container"),
+            if let Err(error) = container.remove(false, true).await {
+                tracing::error!(%error, name = record.name, "cannot remove a container");
             }
         }
     }

@@ -101,16 +101,7 @@ pub(crate) async fn remove(request: &Request, id: &str) -> Result<Response> {
     refuse(request, "link", "--link")?;
     let force = request.query.flag("force");
     let volumes = request.query.flag("v");
-    let core = Arc::clone(&request.core);
-    to_its_end(&request.core, async move {
-        let record = container.record();
-        container.remove(force).await?;
-        if volumes {
-            core.remove_anonymous_volumes(&record).await;
-        }
-        Ok(())
-    })
-    .await?;
+    to_its_end(&request.core, async move { container.remove(force, volumes).await }).await?;
     Ok(body::empty(StatusCode::NO_CONTENT))
 }
 

@@ -131,7 +131,7 @@ async fn write_down(core: &Arc<Core>, record: Record) -> Result<Arc<Container>> 
             Ok(container)
         }
         Err(error) => {
-            let _ = core.store.delete(id.as_str()).await;
+            let _ = core.store.delete(id.as_str(), &[]).await;
             let _ = std::fs::remove_dir_all(&folder);
             Err(error)
         }

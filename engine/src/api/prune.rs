@@ -36,7 +36,7 @@ pub(crate) async fn containers(request: &Request) -> Result<Response> {
             true => files::sizes(&request.core, &container).await.map_or(0, |(written, _)| written),
             false => 0,
         };
-        match container.remove(false).await {
+        match container.remove(false, false).await {
             Ok(()) => {
                 removed.push(record.id.to_string());
                 reclaimed = reclaimed.saturating_add(size);

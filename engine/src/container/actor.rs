@@ -91,6 +91,8 @@ pub(crate) enum Message {
         answer: oneshot::Sender<Result<()>>,
     },
     Remove {
+        /// With its volumes that have no name.
+        volumes: bool,
         answer: oneshot::Sender<Result<()>>,
     },
     /// Its process is known to a sandbox that was taken over.
@@ -186,7 +188,7 @@ impl Actor {
             Message::Pause { answer } => drop(answer.send(self.pause().await)),
             Message::Unpause { answer } => drop(answer.send(self.unpause().await)),
             Message::Rename { name, answer } => drop(answer.send(self.rename(&name).await)),
-            Message::Remove { answer } => drop(answer.send(self.remove().await)),
+            Message::Remove { volumes, answer } => drop(answer.send(self.remove(volumes).await)),
             Message::Resume { process, done } => {
                 self.resume(*process).await;
                 let _ = done.send(());
@@ -458,7 +460,7 @@ impl Actor {
         Ok(())
     }
 
-    async fn remove(&mut self) -> Result<()> {
+    async fn remove(&mut self, volumes: bool) -> Result<()> {
         let status = self.record.state.status;
         if status == Status::Paused {
             return Err(Error::conflict(format!(
@@ -474,7 +476,7 @@ impl Actor {
         }
         self.record.state.apply(Change::Removing).map_err(|error| Error::conflict(error.to_string()))?;
         self.container.publish(Arc::new(self.record.clone()), false);
-        if let Err(error) = self.remove_everything().await {
+        if let Err(error) = self.remove_everything(volumes).await {
             let _ = self.record.state.apply(Change::RemoveFailed { error: error.to_string() });
             self.container.publish(Arc::new(self.record.clone()), false);
             return Err(error);
@@ -491,13 +493,12 @@ impl Actor {
 
     /// As `--rm` asks for.
     async fn remove_by_itself(&mut self) {
-        match self.remove().await {
-            Ok(()) => self.core.remove_anonymous_volumes(&self.record).await,
-            Err(error) => tracing::error!(%error, "cannot remove a container that has ended"),
+        if let Err(error) = self.remove(true).await {
+            tracing::error!(%error, "cannot remove a container that has ended");
         }
     }
 
-    async fn remove_everything(&mut self) -> Result<()> {
+    async fn remove_everything(&mut self, volumes: bool) -> Result<()> {
         let host = self.host();
         self.revoke_trees(&host).await;
         if host.is_running() {
@@ -518,7 +519,16 @@ impl Actor {
             }
             _ => {}
         }
-        Ok(self.core.store.delete(self.record.id.as_str()).await?)
+        let core = &self.core;
+        // Until they are gone, no other container may come to use them.
+        let _alone = if volumes { Some(core.volumes.gate.write().await) } else { None };
+        let volumes = if volumes { core.volumes_of_no_other(&self.record) } else { Vec::new() };
+        let names: Vec<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
+        core.store.delete(self.record.id.as_str(), &names).await?;
+        for volume in &volumes {
+            core.volume_is_gone(volume).await;
+        }
+        Ok(())
     }
 
     /// Goes on with a process that an earlier daemon started.

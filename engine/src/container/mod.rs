@@ -294,12 +294,12 @@ impl Container {
         self.ask(|answer| Message::Disconnect { network, answer }).await
     }
 
-    /// Removes it; with `force`, kills it first.
-    pub(crate) async fn remove(&self, force: bool) -> Result<()> {
+    /// Removes it; with `force`, kills it first; with `volumes`, those go with it that no one has named and no other container has.
+    pub(crate) async fn remove(&self, force: bool, volumes: bool) -> Result<()> {
         if force {
             self.kill().await?;
         }
-        match self.ask(|answer| Message::Remove { answer }).await {
+        match self.ask(|answer| Message::Remove { volumes, answer }).await {
             // It removed itself in the same moment (`--rm`).
             Err(_) if self.lifecycle.borrow().removed => Ok(()),
             other => other,

@@ -56,9 +56,8 @@ enum Change {
 }
 
 struct Write {
-    table: Table,
-    key: String,
-    change: Change,
+    /// All of them count, or none.
+    changes: Vec<(Table, String, Change)>,
     done: oneshot::Sender<Result<(), StoreError>>,
 }
 
@@ -87,9 +86,11 @@ impl Store {
         self.write(CONTAINERS, id, Change::Put(value)).await
     }
 
-    /// Removes a container's record; returns when that is durable.
-    pub(crate) async fn delete(&self, id: &str) -> Result<(), StoreError> {
-        self.write(CONTAINERS, id, Change::Delete).await
+    /// Removes a container's record, and at once with it those of volumes that go with it; returns when that is durable.
+    pub(crate) async fn delete(&self, id: &str, volumes: &[&str]) -> Result<(), StoreError> {
+        let gone = |table, key: &str| (table, key.to_owned(), Change::Delete);
+        let volumes = volumes.iter().map(|name| gone(VOLUMES, name));
+        self.write_all([gone(CONTAINERS, id)].into_iter().chain(volumes).collect()).await
     }
 
     /// Writes a volume's record; returns when it is durable.
@@ -122,8 +123,12 @@ impl Store {
     }
 
     async fn write(&self, table: Table, key: &str, change: Change) -> Result<(), StoreError> {
+        self.write_all(vec![(table, key.to_owned(), change)]).await
+    }
+
+    async fn write_all(&self, changes: Vec<(Table, String, Change)>) -> Result<(), StoreError> {
         let (done, answer) = oneshot::channel();
-        let write = Write { table, key: key.to_owned(), change, done };
+        let write = Write { changes, done };
         let writes = self.writes.lock().expect("no holder panics").clone().ok_or(StoreError::Closed)?;
         writes.send(write).map_err(|_| StoreError::Closed)?;
         answer.await.map_err(|_| StoreError::Closed)?
@@ -191,11 +196,11 @@ fn commit_with(path: &Path, slot: &mut Option<Database>, batch: &[Write]) -> Res
 
 fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
     let transaction = database.begin_write()?;
-    for write in batch {
-        let mut table = transaction.open_table(write.table)?;
-        match &write.change {
-            Change::Put(value) => table.insert(write.key.as_str(), value.as_slice())?,
-            Change::Delete => table.remove(write.key.as_str())?,
+    for (table, key, change) in batch.iter().flat_map(|write| &write.changes) {
+        let mut table = transaction.open_table(*table)?;
+        match change {
+            Change::Put(value) => table.insert(key.as_str(), value.as_slice())?,
+            Change::Delete => table.remove(key.as_str())?,
         };
     }
     transaction.commit()?;
@@ -215,8 +220,10 @@ mod tests {
         store.put("a", b"1".to_vec()).await.unwrap();
         store.put("b", b"2".to_vec()).await.unwrap();
         store.put("a", b"3".to_vec()).await.unwrap();
-        store.delete("b").await.unwrap();
-        store.put_volume("a", b"4".to_vec()).await.unwrap();
+        for name in ["a", "b", "c"] {
+            store.put_volume(name, b"4".to_vec()).await.unwrap();
+        }
+        store.delete("b", &["b", "c"]).await.unwrap();
         store.close();
         let (store, facts) = Store::open(&path).unwrap();
         assert_eq!(facts.containers, [("a".to_owned(), b"3".to_vec())]);

@@ -233,24 +233,27 @@ impl Core {
         self.drop_volume(&volume).await
     }
 
-    /// Removes the volumes without a name that a removed container leaves to no one.
-    pub(crate) async fn remove_anonymous_volumes(&self, record: &Record) {
-        for attachment in &record.volumes {
-            let name = &attachment.volume;
-            if !self.volumes.find(name).is_ok_and(|volume| volume.is_anonymous()) {
-                continue;
-            }
-            match self.remove_volume(name).await {
-                // Another container uses it.
-                Err(error) if error.status() == http::StatusCode::CONFLICT => {}
-                Err(error) => tracing::warn!(%error, name, "cannot remove a container's volume"),
-                Ok(()) => {}
-            }
-        }
+    /// The volumes of a container without a name that no other container has. The caller holds the volumes' gate.
+    pub(crate) fn volumes_of_no_other(&self, record: &Record) -> Vec<Arc<Volume>> {
+        let mut names: Vec<&str> =
+            record.volumes.iter().map(|attachment| attachment.volume.as_str()).collect();
+        names.sort_unstable();
+        names.dedup();
+        let lonely = |volume: &Arc<Volume>| {
+            let users = self.users_of_volume(&volume.name);
+            volume.is_anonymous() && users.iter().all(|user| user == record.id.as_str())
+        };
+        names.into_iter().filter_map(|name| self.volumes.find(name).ok()).filter(lonely).collect()
     }
 
     async fn drop_volume(&self, volume: &Volume) -> Result<()> {
         self.store.delete_volume(&volume.name).await?;
+        self.volume_is_gone(volume).await;
+        Ok(())
+    }
+
+    /// The record of a volume is deleted: no one finds it any more, and its files go.
+    pub(crate) async fn volume_is_gone(&self, volume: &Volume) {
         self.volumes.by_name.write().expect("no holder panics").remove(&volume.name);
         let host = self.sandboxes.get(&volume.sandbox);
         // What a sandbox that does not run keeps of it goes when it is started again.
@@ -260,7 +263,6 @@ impl Core {
             tracing::warn!(error = chain(&error), volume = volume.name, "cannot remove a volume's files now");
         }
         self.events.volume("destroy", &volume.name, &[]);
-        Ok(())
     }
 
     /// What the agent is told to mount for a container.
