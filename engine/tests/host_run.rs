@@ -159,8 +159,7 @@ fn options_reach_the_container() {
 fn options_that_are_not_there_yet_are_refused_by_name() {
     let (_machine, daemon) = with_busybox();
     for options in [
-        &["-p", "80:80/udp"][..],
-        &["--storage-opt", "size=1g"],
+        &["--storage-opt", "size=1g"][..],
         &["--gpus", "all"],
         &["--cpu-rt-runtime", "5"],
         &["--log-driver", "syslog"],
