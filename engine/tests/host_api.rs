@@ -3,6 +3,8 @@
 mod support;
 
 use std::{
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream,
     process::Stdio,
     thread,
     time::{Duration, Instant},
@@ -224,4 +226,21 @@ fn unfinished_lines_are_seen_at_once_by_those_attached() {
     std::io::Read::read_to_end(&mut out, &mut rest).unwrap();
     assert_eq!(text(&rest), "hello you\n");
     assert!(client.wait().unwrap().success());
+}
+
+#[test]
+fn a_refusal_waits_for_what_the_client_still_sends() {
+    let (_machine, daemon) = with_busybox();
+    let mut client = UnixStream::connect(daemon.socket()).unwrap();
+    client
+        .write_all(b"POST /v1.44/swarm/init HTTP/1.1\r\nHost: docker\r\nContent-Length: 2\r\n\r\n")
+        .unwrap();
+    client.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let mut answer = [0; 12];
+    let early = client.read(&mut answer).unwrap_err();
+    assert_eq!(early.kind(), std::io::ErrorKind::WouldBlock);
+    client.set_read_timeout(None).unwrap();
+    client.write_all(b"{}").unwrap();
+    client.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 501");
 }

@@ -30,7 +30,7 @@ use crate::{
         state::Status,
     },
     error::{Error, Result, chain},
-    http::{Request, Response, body},
+    http::{Request, Response, body, incoming::RequestBody},
     time::UnixNanos,
 };
 
@@ -211,12 +211,9 @@ fn writable(container: &Container, path: &str) -> Result<()> {
     }
 }
 
-pub(crate) async fn put(mut request: Request, id: &str) -> Result<Response> {
+pub(crate) async fn put(request: Request, id: &str) -> Result<Response> {
     let (container, path) = (request.core.containers.find(id)?, path(&request)?);
-    if let Err(refusal) = writable(&container, &path) {
-        request.skip_body().await;
-        return Err(refusal);
-    }
+    writable(&container, &path)?;
     let record = container.record();
     let owner = request.query.flag("copyUIDGID").then(|| record.config.user.clone());
     let operation = FilesOperation::Write {
@@ -261,7 +258,7 @@ fn client(reason: impl std::fmt::Display) -> SendError {
 }
 
 /// Sends a body on, decompressed.
-async fn send(body: hyper::body::Incoming, input: &mut FilesInput) -> Result<(), SendError> {
+async fn send(body: RequestBody, input: &mut FilesInput) -> Result<(), SendError> {
     let mut pieces = Box::pin(body.into_data_stream());
     let mut head = Vec::new();
     while head.len() < 6

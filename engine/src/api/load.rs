@@ -12,14 +12,13 @@ use std::{
 use bytes::{Buf, Bytes};
 use coracle_image_store::{LoadProgress, Loaded};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use crate::{
     core::Core,
     error::{Error, Result, chain},
-    http::{Request, Response, body},
+    http::{Request, Response, body, incoming::RequestBody},
 };
 
 /// How many pieces of the body wait for the store.
@@ -127,7 +126,7 @@ fn lines(core: &Core, report: Report) -> Vec<Value> {
 }
 
 /// Moves the body to the reader; when the reader has had enough, to nowhere.
-pub(super) async fn feed(mut body: Incoming, pieces: mpsc::Sender<io::Result<Bytes>>) {
+pub(super) async fn feed(mut body: RequestBody, pieces: mpsc::Sender<io::Result<Bytes>>) {
     let mut wanted = true;
     while let Some(frame) = body.frame().await {
         let piece = match frame {

@@ -4,6 +4,7 @@ pub(crate) mod body;
 pub(crate) mod detach;
 pub(crate) mod filters;
 pub(crate) mod hijack;
+pub(crate) mod incoming;
 pub(crate) mod query;
 mod router;
 pub(crate) mod server;
@@ -15,20 +16,19 @@ use std::{sync::Arc, time::Instant};
 use bytes::Bytes;
 use http::{HeaderMap, Method};
 use http_body_util::{BodyExt, Limited};
-use hyper::{body::Incoming, upgrade::OnUpgrade};
+use hyper::upgrade::OnUpgrade;
 
 use crate::{
     container::Container,
     core::Core,
     error::{Error, Result},
 };
+use incoming::RequestBody;
 use query::Query;
 use version::ApiVersion;
 
 /// The largest JSON body that is read.
 const MAX_JSON: usize = 4 * 1024 * 1024;
-/// What is read of a body that no one wants, in bytes.
-const MAX_SKIPPED: usize = 256 * 1024;
 
 /// An answer.
 pub(crate) type Response = http::Response<body::Body>;
@@ -42,7 +42,7 @@ pub(crate) struct Request {
     pub(crate) query: Query,
     pub(crate) version: ApiVersion,
     pub(crate) headers: HeaderMap,
-    pub(crate) body: Incoming,
+    pub(crate) body: RequestBody,
     pub(crate) upgrade: Option<OnUpgrade>,
     pub(crate) received: Instant,
     /// The container that asks, by the socket that it was given; none if it is a client of the host's.
@@ -57,10 +57,5 @@ impl Request {
             Error::invalid(format!("cannot read the body (at most {MAX_JSON} bytes): {error}"))
         })?;
         Ok(collected.to_bytes())
-    }
-
-    /// Before a refusal: most clients hear no answer while they still send. As with Go's server, one that has much to send is cut off.
-    pub(crate) async fn skip_body(&mut self) {
-        let _ = Limited::new(&mut self.body, MAX_SKIPPED).collect().await;
     }
 }

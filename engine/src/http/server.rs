@@ -18,7 +18,7 @@ use percent_encoding::percent_decode_str;
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
-use super::{Request, Response, body, query::Query, router, version};
+use super::{Request, Response, body, incoming::RequestBody, query::Query, router, version};
 use crate::{
     container::Container,
     core::Core,
@@ -89,9 +89,19 @@ async fn answer(
     let head = request.method() == Method::HEAD;
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let server = format!("Coracle/{} (linux)", core.config.version);
+    let (request, rest) = {
+        let (parts, incoming) = request.into_parts();
+        let (body, rest) = RequestBody::new(incoming);
+        (http::Request::from_parts(parts, body), rest)
+    };
+    // Whoever waits to be asked for the body needs no one to read it.
+    let waits = request.headers().contains_key(http::header::EXPECT);
     let mut response = match dispatch(core, request, asker).await {
         Ok(response) => response,
         Err(error) => {
+            if !waits {
+                rest.skip().await;
+            }
             tracing::debug!(%method, path, status = error.status().as_u16(), %error, "refused");
             body::error(error.status(), &error)
         }
@@ -114,7 +124,7 @@ async fn answer(
 
 async fn dispatch(
     core: Arc<Core>,
-    mut request: http::Request<Incoming>,
+    mut request: http::Request<RequestBody>,
     asker: Option<Arc<Container>>,
 ) -> Result<Response> {
     let received = Instant::now();
