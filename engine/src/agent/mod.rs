@@ -4,6 +4,7 @@
 //! their length and their order. What is wrong ends the one call that saw it.
 
 mod files;
+pub(crate) mod frames;
 mod output;
 #[cfg(test)]
 mod tests;

@@ -20,10 +20,10 @@ use std::{
     time::Duration,
 };
 
-use coracle_agent_api::egress::{Failure, Flow, HEADER_LEN, Header, Reply, Request, STREAM_PORT};
+use coracle_agent_api::egress::{Failure, Flow, Reply, Request, STREAM_PORT};
 use rustix::net::sockopt;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt},
     net::TcpSocket,
     sync::{Semaphore, mpsc},
 };
@@ -31,7 +31,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{datagrams::Flows, guard::Guard};
 use crate::{
-    agent::Agent,
+    agent::{Agent, frames},
     core::Core,
     error::chain,
     sandbox::{Sandbox, lives::Lives},
@@ -93,20 +93,10 @@ impl WayOut {
             Ok(connection) => connection,
             Err(error) => return chain(&error),
         };
-        let (reader, mut writer) = stream.into_split();
-        let (sender, mut frames) = mpsc::channel::<Vec<u8>>(REPLIES);
+        let (reader, writer) = stream.into_split();
+        let (sender, frames) = mpsc::channel::<Vec<u8>>(REPLIES);
         let mut session = Session::new(self, sender);
-        let write = async {
-            while let Some(frame) = frames.recv().await {
-                writer.write_all(&frame).await?;
-            }
-            Ok(())
-        };
-        let ended: io::Result<()> = tokio::select! {
-            ended = write => ended,
-            ended = session.read(early.chain(reader)) => ended,
-        };
-        ended.err().map_or_else(|| "the agent has ended it".to_owned(), |error| error.to_string())
+        frames::converse(writer, frames, session.read(early.chain(reader))).await
     }
 }
 
@@ -179,11 +169,7 @@ impl Session {
     async fn read(&mut self, mut reader: impl AsyncRead + Unpin) -> io::Result<()> {
         let mut payload = Vec::new();
         loop {
-            let mut header = [0; HEADER_LEN];
-            reader.read_exact(&mut header).await?;
-            let header = Header::decode(&header).map_err(io::Error::other)?;
-            payload.resize(header.len, 0);
-            reader.read_exact(&mut payload).await?;
+            let header = frames::next(&mut reader, &mut payload).await?;
             let request = Request::decode(header.kind, &payload).map_err(io::Error::other)?;
             self.perform(header.id, request).await;
         }

@@ -12,17 +12,18 @@ use std::{
 
 use coracle_agent_api::{
     datagrams::{Inward, Outward},
-    egress::{FIRST_ID, HEADER_LEN, Header, LAST_ID},
+    egress::{FIRST_ID, LAST_ID},
     ports::ContainerPort,
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt},
     sync::mpsc,
 };
 
 use super::udp::{BoundUdp, Peer};
 use crate::{
-    container::record::ContainerId, core::Core, error::chain, sandbox::lives::Lives, sandboxes::Host,
+    agent::frames, container::record::ContainerId, core::Core, error::chain, sandbox::lives::Lives,
+    sandboxes::Host,
 };
 
 /// Flows of one sandbox, and of one published port.
@@ -120,30 +121,16 @@ impl Shared {
             Ok(connection) => connection,
             Err(error) => return chain(&error),
         };
-        let (reader, mut writer) = stream.into_split();
-        let (lane, mut frames) = mpsc::channel::<Vec<u8>>(WAITING);
+        let (reader, writer) = stream.into_split();
+        let (lane, waiting) = mpsc::channel::<Vec<u8>>(WAITING);
         self.flows().lane = Some(lane);
-        let write = async {
-            while let Some(frame) = frames.recv().await {
-                writer.write_all(&frame).await?;
-            }
-            Ok(())
-        };
-        let ended: io::Result<()> = tokio::select! {
-            ended = write => ended,
-            ended = self.hear((&early[..]).chain(reader)) => ended,
-        };
-        ended.err().map_or_else(|| "the agent has ended it".to_owned(), |error| error.to_string())
+        frames::converse(writer, waiting, self.hear((&early[..]).chain(reader))).await
     }
 
     async fn hear(&self, mut reader: impl AsyncRead + Unpin) -> io::Result<()> {
         let mut payload = Vec::new();
         loop {
-            let mut header = [0; HEADER_LEN];
-            reader.read_exact(&mut header).await?;
-            let header = Header::decode(&header).map_err(io::Error::other)?;
-            payload.resize(header.len, 0);
-            reader.read_exact(&mut payload).await?;
+            let header = frames::next(&mut reader, &mut payload).await?;
             let Outward(data) = Outward::decode(header.kind, &payload).map_err(io::Error::other)?;
             let known = self.flows().answered(header.id);
             if let Some((bound, peer)) = known {

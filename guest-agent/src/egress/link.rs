@@ -142,11 +142,8 @@ impl Link {
     }
 
     async fn take_reply(&self, reader: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
-        let mut header = [0; HEADER_LEN];
-        reader.read_exact(&mut header).await?;
-        let header = Header::decode(&header).map_err(io::Error::other)?;
-        let mut payload = vec![0; header.len];
-        reader.read_exact(&mut payload).await?;
+        let mut payload = Vec::new();
+        let header = next_frame(reader, &mut payload).await?;
         let reply = Reply::decode(header.kind, &payload).map_err(io::Error::other)?;
         let mut waiting = self.waiting();
         match waiting.answers.get(&header.id) {
@@ -258,6 +255,19 @@ impl Datagrams {
         let (link, id) = (self.link.clone(), self.id);
         move |data| link.send_datagram(id, flow, data)
     }
+}
+
+/// Reads one frame from the daemon; its payload replaces what was in `payload`.
+pub(crate) async fn next_frame(
+    reader: &mut (impl AsyncRead + Unpin),
+    payload: &mut Vec<u8>,
+) -> io::Result<Header> {
+    let mut header = [0; HEADER_LEN];
+    reader.read_exact(&mut header).await?;
+    let header = Header::decode(&header).map_err(io::Error::other)?;
+    payload.resize(header.len, 0);
+    reader.read_exact(payload).await?;
+    Ok(header)
 }
 
 #[cfg(test)]

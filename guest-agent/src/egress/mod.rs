@@ -14,6 +14,7 @@ pub(crate) mod relay;
 mod ruleset;
 mod sockets;
 
+pub(crate) use link::next_frame;
 pub(crate) use sockets::answering;
 
 use std::io;

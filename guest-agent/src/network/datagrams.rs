@@ -10,10 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use coracle_agent_api::datagrams::{Inward, Outward};
-use coracle_agent_api::egress::{Flow as Path, HEADER_LEN, Header};
+use coracle_agent_api::egress::Flow as Path;
 use coracle_agent_api::ports::ContainerPort;
 use rustix::net::SendFlags;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::UdpSocket;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -78,11 +78,7 @@ pub(crate) async fn serve(
     let read = async {
         let mut payload = Vec::new();
         loop {
-            let mut header = [0; HEADER_LEN];
-            reader.read_exact(&mut header).await?;
-            let header = Header::decode(&header).map_err(io::Error::other)?;
-            payload.resize(header.len, 0);
-            reader.read_exact(&mut payload).await?;
+            let header = egress::next_frame(&mut reader, &mut payload).await?;
             match Inward::decode(header.kind, &payload).map_err(io::Error::other)? {
                 Inward::Datagram { to, client, data } => flows.arrived(header.id, to, client, &data),
                 Inward::Forget => drop(flows.table().remove(&header.id)),

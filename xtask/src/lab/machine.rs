@@ -31,7 +31,7 @@ const CPU: &str =
 
 /// A processor that gets nowhere for two minutes ends the machine, so that whoever waits for it learns it.
 ///
-/// `nohz=off highres=off` makes the timer a periodic one. QEMU (7.2 and 10.0 alike) changes a processor's set of pending interrupts without
+/// `nohz=off highres=off` makes the timer a periodic one. QEMU 7.2 changes a processor's set of pending interrupts without
 /// a lock at each exit of a guest (`interrupt_request` in target/i386/tcg/sysemu/svm_helper.c), and an interrupt that comes at that moment
 /// is forgotten until the next one; were that the only timer, there would be no next one.
 const APPEND: &str = "console=ttyS0 panic=-1 quiet loglevel=5 mitigations=off watchdog_thresh=60 softlockup_panic=1 \

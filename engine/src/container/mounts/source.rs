@@ -25,6 +25,9 @@ use crate::{
 /// Where clients look for Docker's socket: the engine's own is meant, wherever that is.
 const DOCKER_SOCKETS: [&str; 2] = ["/var/run/docker.sock", "/run/docker.sock"];
 
+/// How often a way is walked that someone changes meanwhile: a container could go on with it for ever.
+const ATTEMPTS: u32 = 1000;
+
 /// What a bind mount mounts.
 #[derive(Debug)]
 pub(crate) struct Source {
@@ -125,13 +128,14 @@ fn beneath(root: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
 }
 
 fn retried(open: impl Fn() -> rustix::io::Result<OwnedFd>) -> io::Result<OwnedFd> {
-    loop {
+    for _ in 0..ATTEMPTS {
         match open() {
             // The kernel saw a rename elsewhere while it walked; nothing is known yet.
             Err(Errno::INTR | Errno::AGAIN) => {}
             opened => return Ok(opened?),
         }
     }
+    Err(Errno::AGAIN.into())
 }
 
 /// What a file can be mounted as; `id` is its device and its inode.
