@@ -333,6 +333,16 @@ fn the_host_can_have_another_name() {
 }
 
 #[test]
+fn the_host_is_found_at_either_of_its_loopback_addresses() {
+    let (_machine, daemon) = support::with_busybox();
+    let [four, six] = serve(echo)[..] else { panic!("two") };
+    for (address, port) in [("fdc4:f303:9324::254", four.port()), ("192.168.65.254", six.port())] {
+        let script = format!("echo ahoy | busybox nc {address} {port}");
+        assert_eq!(daemon.ok(&["run", "--rm", "busybox", "sh", "-c", &script]), "ahoy\n");
+    }
+}
+
+#[test]
 fn containers_with_the_hosts_network_ask_for_names_each_as_itself() {
     let (_machine, daemon) = support::with_busybox();
     let up = |name: &str, options: &[&str]| {

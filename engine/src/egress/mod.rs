@@ -15,6 +15,7 @@ mod reach;
 
 use std::{
     io,
+    net::{SocketAddr, TcpStream},
     os::fd::OwnedFd,
     sync::{Arc, Weak},
     time::Duration,
@@ -247,19 +248,27 @@ async fn perform(
 /// Connects, and hands the connected socket to the sandbox.
 async fn connect(sandbox: &dyn Sandbox, id: u32, flow: Flow) -> Result<(), Failure> {
     let to = reach::reachable(flow.destination)?;
-    let dial = async {
-        let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-        let stream = socket.connect(to).await?;
-        // What a container sends was delayed by its own kernel, if it wanted that.
-        stream.set_nodelay(true)?;
-        sockopt::set_socket_keepalive(&stream, true)?;
-        sockopt::set_tcp_keepidle(&stream, KEEPALIVE_IDLE)?;
-        sockopt::set_tcp_keepintvl(&stream, KEEPALIVE_INTERVAL)?;
-        sockopt::set_tcp_keepcnt(&stream, KEEPALIVE_PROBES)?;
-        stream.into_std()
-    };
-    let stream = dial.await.map_err(|error| reach::failure(&error))?;
+    let mut dialled = dial(to).await;
+    if dialled.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+        && let Some(other) = reach::other_loopback(flow.destination)
+        && let Ok(stream) = dial(other).await
+    {
+        dialled = Ok(stream);
+    }
+    let stream = dialled.map_err(|error| reach::failure(&error))?;
     hand_over(sandbox, id, stream.into()).await
+}
+
+async fn dial(to: SocketAddr) -> io::Result<TcpStream> {
+    let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    let stream = socket.connect(to).await?;
+    // What a container sends was delayed by its own kernel, if it wanted that.
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(&stream, true)?;
+    sockopt::set_tcp_keepidle(&stream, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(&stream, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(&stream, KEEPALIVE_PROBES)?;
+    stream.into_std()
 }
 
 /// Gives the sandbox a connected stream.

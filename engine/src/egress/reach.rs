@@ -25,6 +25,17 @@ pub(super) fn reachable(asked: SocketAddr) -> Result<SocketAddr, Failure> {
     Ok(SocketAddr::new(ip, asked.port()))
 }
 
+/// The host's other loopback address, where what stands for the host is asked for: many services listen at one of the two only, and
+/// a client in a container cannot know at which.
+pub(super) fn other_loopback(asked: SocketAddr) -> Option<SocketAddr> {
+    let ip: IpAddr = match asked.ip().to_canonical() {
+        IpAddr::V4(HOST_V4) => Ipv6Addr::LOCALHOST.into(),
+        IpAddr::V6(HOST_V6) => Ipv4Addr::LOCALHOST.into(),
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip, asked.port()))
+}
+
 fn is_refused(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => {
@@ -60,6 +71,15 @@ pub(super) fn failure(error: &io::Error) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_stands_for_the_host_stands_for_both_of_its_loopback_addresses() {
+        let other = |asked: &str| other_loopback(asked.parse().unwrap()).map(|to| to.to_string());
+        assert_eq!(other("192.168.65.254:80").as_deref(), Some("[::1]:80"));
+        assert_eq!(other("[fdc4:f303:9324::254]:80").as_deref(), Some("127.0.0.1:80"));
+        assert_eq!(other("[::ffff:192.168.65.254]:80").as_deref(), Some("[::1]:80"));
+        assert_eq!(other("10.0.0.1:80"), None);
+    }
 
     #[test]
     fn the_hosts_loopback_has_one_name_of_each_kind() {
