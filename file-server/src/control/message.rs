@@ -37,7 +37,8 @@ impl Request {
     }
 }
 
-/// A tree of the host that the machine may use: its root shows as an entry with the name `id` in the exported file system's root.
+/// A tree of the host that the machine may use: its root is found under the name `id` in the exported file system's root,
+/// which lists nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Grant {

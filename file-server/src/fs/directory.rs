@@ -107,7 +107,8 @@ impl Exported {
         give: &mut Give<'_>,
     ) -> io::Result<()> {
         if id == ROOT {
-            return self.list_root(position, plus, give);
+            // Grants are found by their names alone: who can mount the file system in the machine does not learn those of others.
+            return Ok(());
         }
         let handle = self.tables.handle(handle, id)?;
         if handle.node.kind != FileType::Directory {
@@ -162,33 +163,6 @@ impl Exported {
             // It is gone since, or cannot be looked at: it is listed without more.
             Err(_) => give(shown, Some(Entry::default())),
         }
-    }
-
-    fn list_root(&self, position: u64, plus: bool, give: &mut Give<'_>) -> io::Result<()> {
-        let grants = self.tables.grants();
-        let skipped = usize::try_from(position).unwrap_or(usize::MAX);
-        let mut any = false;
-        for (index, grant) in grants.iter().enumerate().skip(skipped) {
-            let Ok(name) = CString::new(grant.id.as_str()) else { continue };
-            let Ok(entry) = self.find(ROOT, &name) else { continue };
-            let shown = DirEntry {
-                ino: entry.attr.st_ino,
-                offset: index as u64 + 1,
-                type_: (entry.attr.st_mode & libc::S_IFMT) >> 12,
-                name: name.to_bytes(),
-            };
-            let given = give(shown, plus.then_some(entry));
-            if !plus || !matches!(given, Ok(1..)) {
-                self.forget_node(entry.inode, 1);
-            }
-            match given {
-                Ok(0) => break,
-                Ok(_) => any = true,
-                Err(_) if any => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 
     pub(super) fn sync_directory(&self, id: u64, handle: u64) -> io::Result<()> {

@@ -56,7 +56,7 @@ fn fifty_grants(m: &Mounted) {
         let path = m.root.join(format!("grant-{number}/f"));
         assert_eq!(fs::read_to_string(path).unwrap(), number.to_string());
     }
-    assert_eq!(fs::read_dir(&m.root).unwrap().count(), 51);
+    assert_eq!(fs::read_dir(&m.root).unwrap().count(), 0, "whose name is not known is not found");
 }
 
 fn forgotten(m: &Mounted) {
